@@ -1,0 +1,1 @@
+"""The distributed runtime: data contract, order, loading, strategies, checkpoints, run identity."""

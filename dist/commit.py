@@ -1,0 +1,106 @@
+"""From finished files to a dataset version, exactly once.
+
+Tasks publish content-named files; the driver, which hears one attempt of each task, writes what
+refers to them: manifest, provenance, jobs entry, and LATEST last. Whatever was published by an
+attempt that lost is referred to by nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dist.errors import DataRefused, SetupError
+from dist.lease import Lease
+from dist.manifest import Manifest, digest_of
+from dist.shard_file import file_digest
+from dist.storage import Storage
+from dist.tokenizer import tokenizer_digest
+
+
+def publish_shard(storage: Storage, local: Path, digest: str, num_bytes: int) -> str:
+    """Publish a finished shard file under its content's name; idempotent. Returns the name."""
+    if local.stat().st_size != num_bytes:
+        raise SetupError(
+            f"{local} has {local.stat().st_size} bytes where {num_bytes} were written; is the "
+            "scratch disk full?"
+        )
+    name = f"shards/{digest}.arrow"
+    storage.put_file(local, name)
+    return name
+
+
+def publish_tokenizer(storage: Storage, tokenizer_json: bytes) -> str:
+    """Keep the tokenizer beside the data; returns its digest."""
+    digest = tokenizer_digest(tokenizer_json)
+    name = f"tokenizers/{digest}.json"
+    if storage.size(name) != len(tokenizer_json):
+        storage.write_atomic(name, tokenizer_json)
+    return digest
+
+
+def publish_quarantine(storage: Storage, local: Path) -> str:
+    """Publish a file of refused rows under its content's name; returns the name."""
+    name = f"quarantine/{file_digest(local)}.parquet"
+    storage.put_file(local, name)
+    return name
+
+
+def target_lease(storage: Storage) -> Lease:
+    """One driver on a target at a time; a second raises SetupError naming the first."""
+    return Lease(storage, "lease.json", what=f"the dataset folder {storage.url}")
+
+
+def find_job(storage: Storage, job_digest: str) -> str | None:
+    """data_digest that a job committed, if it did and every file of it is still there."""
+    try:
+        entry = json.loads(storage.read(f"jobs/{job_digest}.json"))
+        digest = str(entry["data_digest"])
+        manifest = Manifest.from_json(storage.read(f"manifests/{digest}.json"))
+    except (FileNotFoundError, KeyError, ValueError):
+        return None
+    complete = manifest.data_digest == digest and not missing_shards(storage, manifest)
+    return digest if complete else None
+
+
+def missing_shards(storage: Storage, manifest: Manifest) -> list[str]:
+    """What is wrong with the shards' presence and size, a line each; empty if nothing is."""
+    problems = []
+    for shard in manifest.shards:
+        size = storage.size(f"shards/{shard.name}")
+        if size is None:
+            problems.append(f"shards/{shard.name} is missing")
+        elif size != shard.bytes:
+            problems.append(f"shards/{shard.name} has {size} bytes instead of {shard.bytes}")
+    return problems
+
+
+def commit_dataset(
+    storage: Storage,
+    manifest: Manifest,
+    provenance: dict[str, Any],
+    job_digest: str,
+    lease: Lease | None = None,
+) -> str:
+    """Make a dataset version visible: all of it or nothing. Returns its data_digest."""
+    problems = missing_shards(storage, manifest)
+    if problems:
+        raise DataRefused("not committed, as published files are gone: " + "; ".join(problems[:5]))
+    if lease is not None:
+        lease.check()
+    data, digest = manifest.to_json(), manifest.data_digest
+    name = f"manifests/{digest}.json"
+    if storage.size(name) != len(data):
+        storage.write_atomic(name, data)
+    record = {**provenance, "data_digest": digest, "job_digest": job_digest}
+    provenance_digest = digest_of(record)
+    _write_json(storage, f"provenance/{provenance_digest}.json", record)
+    entry = {"data_digest": digest, "provenance": provenance_digest}
+    _write_json(storage, f"jobs/{job_digest}.json", entry)
+    storage.write_atomic("LATEST", digest.encode() + b"\n")
+    return digest
+
+
+def _write_json(storage: Storage, name: str, record: dict[str, Any]) -> None:
+    storage.write_atomic(name, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())

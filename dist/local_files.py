@@ -1,0 +1,102 @@
+"""Files that are never seen half-written: temporary name, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: Path | str, data: bytes) -> None:
+    """Replace `path` by `data`; a reader sees the old bytes or the new ones, never a mixture."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        _write_synced(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync_folder(path.parent)
+
+
+def create_exclusive(path: Path | str, data: bytes) -> bool:
+    """Create `path` whole, or return False if it is there already; of two callers one wins."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        _write_synced(temporary, data)
+        # link() fails if the target exists: unlike O_EXCL, no reader can see a partial file.
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync_folder(path.parent)
+    return True
+
+
+def publish_file(temporary: Path, final: Path) -> None:
+    """Move a finished file of the same file system to its final name, durably."""
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    os.replace(temporary, final)
+    _fsync_folder(final.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line with one write; a line that a kill tore is closed first."""
+    with open(path, "a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        torn = b""
+        if end:
+            file.seek(end - 1)
+            torn = b"" if file.read(1) == b"\n" else b"\n"
+        file.write(torn + line.encode() + b"\n")
+
+
+class LocalStore:
+    """A local folder with the four calls that a lease needs."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @property
+    def url(self) -> str:
+        return str(self.folder)
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def write_atomic(self, name: str, data: bytes) -> None:
+        write_atomic(self.folder / name, data)
+
+    def create_exclusive(self, name: str, data: bytes) -> bool:
+        return create_exclusive(self.folder / name, data)
+
+    def delete(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)

@@ -1,0 +1,284 @@
+"""Shard files: Arrow IPC *file* format, uncompressed, readable by mmap and by anything Arrow.
+
+packed_tokens:  tokens      FixedSizeList<uint16|uint32, seq_len + 1>
+                doc_lens    List<int32>   pieces of documents in the row; the rest is padding
+                doc_input   List<int32>   which input file (index into the provenance's inputs)
+                doc_offset  List<int64>   where in it the document starts
+Columns are non-null, record batches hold the same power of two of rows (the last may hold
+fewer), the footer holds one xxh3-64 a record batch. Equal rows give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from dist.errors import DataRefused
+from dist.packing import PackedRows
+
+FORMAT = "leyden.packed_tokens.v1"
+MAX_BATCH_BYTES = 4 << 20
+_FOOTER_KEY = b"leyden.batch_xxh3_64"
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """What a finished shard file is."""
+
+    rows: int
+    bytes: int
+    xxh3_128: str
+
+
+def rows_per_batch(seq_len: int, token_dtype: str) -> int:
+    """The largest power of two of rows whose tokens fill at most 4 MiB."""
+    row_bytes = (seq_len + 1) * np.dtype(token_dtype).itemsize
+    return 1 << max(0, (MAX_BATCH_BYTES // row_bytes).bit_length() - 1)
+
+
+def packed_schema(seq_len: int, token_dtype: str, metadata: dict[str, str]) -> pa.Schema:
+    """Schema of packed_tokens; metadata keys are sorted, for equal bytes."""
+    tokens = pa.list_(pa.field("item", pa.type_for_alias(token_dtype), nullable=False), seq_len + 1)
+    fields = [pa.field("tokens", tokens, nullable=False)]
+    for name, item in (("doc_lens", "int32"), ("doc_input", "int32"), ("doc_offset", "int64")):
+        of = pa.list_(pa.field("item", pa.type_for_alias(item), nullable=False))
+        fields.append(pa.field(name, of, nullable=False))
+    facts = {**metadata, "format": FORMAT, "seq_len": str(seq_len), "token_dtype": token_dtype}
+    return pa.schema(fields, metadata={key: facts[key] for key in sorted(facts)})
+
+
+def packed_batch(rows: PackedRows, schema: pa.Schema) -> pa.RecordBatch:
+    """The one function that turns rows into Arrow arrays."""
+    columns = [_fixed_list(rows.tokens, schema.field("tokens").type)]
+    splits = pa.array(rows.row_splits.astype(np.int32))
+    for name in ("doc_lens", "doc_input", "doc_offset"):
+        kind = schema.field(name).type
+        values = pa.array(getattr(rows, name), kind.value_type)
+        columns.append(pa.ListArray.from_arrays(splits, values, type=kind))
+    return pa.record_batch(columns, schema=schema)
+
+
+def _fixed_list(tokens: NDArray[np.unsignedinteger], kind: pa.DataType) -> pa.Array:
+    values = pa.array(np.ascontiguousarray(tokens).reshape(-1), kind.value_type)
+    return pa.FixedSizeListArray.from_arrays(values, type=kind)
+
+
+class _HashingFile:
+    """A binary file that computes the digest of what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115 -- closed by close()
+        self._hash = xxhash.xxh3_128()
+        self.bytes = 0
+        self.closed = False
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        count = self._file.write(data)
+        self.bytes += count
+        return count
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def tell(self) -> int:
+        return self.bytes
+
+    def close(self) -> None:
+        self.closed = True
+        self._file.close()
+
+    @property
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+class PackedShardWriter:
+    """Writes one shard file; memory holds its tokens until close(), as the footer needs hashes."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        seq_len: int,
+        token_dtype: str,
+        metadata: dict[str, str],
+        rows_per_batch: int,
+    ) -> None:
+        if rows_per_batch < 1 or rows_per_batch & (rows_per_batch - 1):
+            raise ValueError(f"rows_per_batch is {rows_per_batch}, not a power of two")
+        self._path, self._rows_per_batch = Path(path), rows_per_batch
+        self._schema = packed_schema(seq_len, token_dtype, metadata)
+        self._pending: list[PackedRows] = []
+        self._num_pending = 0
+        self._batches: list[pa.RecordBatch] = []
+        self.num_rows = 0
+
+    def write(self, rows: PackedRows) -> None:
+        """Append rows in order."""
+        self._pending.append(rows)
+        self._num_pending += len(rows)
+        self.num_rows += len(rows)
+        if self._num_pending >= self._rows_per_batch:
+            self._cut(final=False)
+
+    def close(self) -> ShardFile:
+        """Write the file and return its size and digest."""
+        self._cut(final=True)
+        if not self._batches:
+            raise ValueError(f"shard {self._path} would hold no row")
+        hashes = [xxhash.xxh3_64_hexdigest(batch.serialize()) for batch in self._batches]
+        sink = _HashingFile(self._path)
+        footer = {_FOOTER_KEY: json.dumps(hashes).encode()}
+        try:
+            with pa.ipc.new_file(pa.PythonFile(sink, "w"), self._schema, metadata=footer) as out:
+                for batch in self._batches:
+                    out.write_batch(batch)
+        finally:
+            sink.close()
+        self._batches = []
+        return ShardFile(rows=self.num_rows, bytes=sink.bytes, xxh3_128=sink.hexdigest)
+
+    def _cut(self, *, final: bool) -> None:
+        """Turn pending rows into batches of exactly rows_per_batch (the last may be shorter)."""
+        if not self._pending:
+            return
+        rows = join_rows(self._pending)
+        start = 0
+        while start < len(rows):
+            stop = min(start + self._rows_per_batch, len(rows))
+            if stop - start < self._rows_per_batch and not final:
+                break
+            self._batches.append(packed_batch(slice_rows(rows, start, stop), self._schema))
+            start = stop
+        self._pending = [slice_rows(rows, start, len(rows))] if start < len(rows) else []
+        self._num_pending = len(rows) - start
+
+
+def join_rows(parts: list[PackedRows]) -> PackedRows:
+    """Rows of several parts, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    pieces = np.cumsum([0] + [int(part.row_splits[-1]) for part in parts[:-1]])
+    splits = [part.row_splits[:-1] + start for part, start in zip(parts, pieces, strict=True)]
+    last = pieces[-1] + parts[-1].row_splits[-1]
+    return PackedRows(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        row_splits=np.concatenate([*splits, [last]]),
+        doc_lens=np.concatenate([part.doc_lens for part in parts]),
+        doc_input=np.concatenate([part.doc_input for part in parts]),
+        doc_offset=np.concatenate([part.doc_offset for part in parts]),
+    )
+
+
+def slice_rows(rows: PackedRows, start: int, stop: int) -> PackedRows:
+    """Rows start to stop, as views."""
+    splits = rows.row_splits[start : stop + 1]
+    first, last = int(splits[0]), int(splits[-1])
+    return PackedRows(
+        tokens=rows.tokens[start:stop],
+        row_splits=splits - first,
+        doc_lens=rows.doc_lens[first:last],
+        doc_input=rows.doc_input[first:last],
+        doc_offset=rows.doc_offset[first:last],
+    )
+
+
+class PackedShard:
+    """A shard mapped into memory; rows are numpy views of the page cache."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        try:
+            self._map = pa.memory_map(str(path), "r")
+            self._reader = pa.ipc.open_file(self._map)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataRefused(f"shard {path} cannot be opened as an Arrow file: {error}") from None
+        schema = self._reader.schema
+        facts = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+        if facts.get("format") != FORMAT:
+            raise DataRefused(f"shard {path} is {facts.get('format')!r}, not {FORMAT}")
+        self.metadata = facts
+        self.seq_len = int(facts["seq_len"])
+        self._batches = [self._reader.get_batch(i) for i in range(self._reader.num_record_batches)]
+        self._rows_per_batch = self._batches[0].num_rows
+        self.num_rows = sum(batch.num_rows for batch in self._batches)
+        # Per batch (rows, seq_len + 1), zero-copy.
+        self._tokens = [self._token_view(batch) for batch in self._batches]
+        self._lists: dict[tuple[int, str], tuple[NDArray[np.int32], NDArray[Any]]] = {}
+
+    def _token_view(self, batch: pa.RecordBatch) -> NDArray[np.unsignedinteger]:
+        return batch.column(0).values.to_numpy(zero_copy_only=True).reshape(-1, self.seq_len + 1)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._tokens[0].dtype
+
+    def gather(self, rows: NDArray[np.integer], out: NDArray[np.unsignedinteger]) -> None:
+        """Copy the tokens of `rows` (k,) into `out` (k, seq_len + 1)."""
+        batch, local = np.divmod(np.asarray(rows, np.int64), self._rows_per_batch)
+        for position, (b, i) in enumerate(zip(batch.tolist(), local.tolist(), strict=True)):
+            out[position] = self._tokens[b][i]
+
+    def tokens(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
+        """Tokens of rows start to stop, (stop - start, seq_len + 1); a copy across batches."""
+        out = np.empty((stop - start, self.seq_len + 1), self.dtype)
+        self.gather(np.arange(start, stop), out)
+        return out
+
+    def doc_lens(self, rows: NDArray[np.integer]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Piece lengths of `rows` (k,): flat (pieces,) and row_splits (k + 1,)."""
+        parts = [self._list_cell("doc_lens", row) for row in np.asarray(rows).tolist()]
+        splits = np.zeros(len(parts) + 1, np.int64)
+        np.cumsum([len(part) for part in parts], out=splits[1:])
+        return np.concatenate(parts) if parts else np.empty(0, np.int32), splits
+
+    def lineage(self, row: int) -> list[tuple[int, int, int]]:
+        """(input index, document offset, tokens) of each piece of a row."""
+        cells = [self._list_cell(name, row) for name in ("doc_input", "doc_offset", "doc_lens")]
+        return list(zip(*(cell.tolist() for cell in cells), strict=True))
+
+    def bad_batches(self) -> list[int]:
+        """Numbers of the record batches whose bytes differ from their footer hash."""
+        stored = json.loads((self._reader.metadata or {}).get(_FOOTER_KEY, b"[]"))
+        found = [xxhash.xxh3_64_hexdigest(batch.serialize()) for batch in self._batches]
+        if len(stored) != len(found):
+            return list(range(len(found)))
+        return [i for i, (a, b) in enumerate(zip(stored, found, strict=True)) if a != b]
+
+    def close(self) -> None:
+        """Drop the map; views handed out keep it alive until they are gone."""
+        self._tokens, self._batches, self._lists = [], [], {}
+        self._map.close()
+
+    def _list_cell(self, name: str, row: int) -> NDArray[Any]:
+        if not 0 <= row < self.num_rows:
+            raise IndexError(f"row {row} of {self.num_rows} in {self.path}")
+        batch, local = divmod(row, self._rows_per_batch)
+        offsets, values = self._list_views(batch, name)
+        return values[offsets[local] : offsets[local + 1]]
+
+    def _list_views(self, batch: int, name: str) -> tuple[NDArray[np.int32], NDArray[Any]]:
+        views = self._lists.get((batch, name))
+        if views is None:
+            column = self._batches[batch].column(name)
+            views = (column.offsets.to_numpy(), column.values.to_numpy())
+            self._lists[batch, name] = views
+        return views
+
+
+def file_digest(path: Path | str) -> str:
+    """xxh3-128 (hex) of a whole file."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

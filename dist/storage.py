@@ -1,0 +1,135 @@
+"""A folder by URL: local paths by rename, object stores by one PUT, through fsspec."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from dist.errors import ConfigError, SetupError
+from dist.local_files import LocalStore, publish_file
+
+
+class Storage:
+    """Files under one root URL (file path, s3://, memory://, ...); names use '/'."""
+
+    def __init__(self, url: str) -> None:
+        if "://" not in url or url.startswith("file://"):
+            url = os.path.abspath(url.removeprefix("file://"))
+        self._url = url.rstrip("/") or "/"
+        try:
+            self._fs, root = fsspec.core.url_to_fs(self._url)
+        except ImportError as error:
+            scheme = url.partition("://")[0]
+            raise SetupError(
+                f"{url} needs a package that is not installed ({error}); for s3:// run "
+                f"`pip install s3fs`, for others see fsspec's page on {scheme!r}"
+            ) from None
+        except ValueError as error:
+            raise ConfigError(f"{url} is not a URL that fsspec knows: {error}") from None
+        self._root = str(root).rstrip("/")
+        self._local = Path(self._root) if _is_local(self._fs) else None
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def read(self, name: str) -> bytes:
+        """The whole file; FileNotFoundError with its full URL if it is absent."""
+        try:
+            return bytes(self._fs.cat_file(self._path(name)))
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "no such file", f"{self.url}/{name}") from None
+
+    def write_atomic(self, name: str, data: bytes) -> None:
+        """Replace a file; a reader sees the old bytes or the new ones."""
+        if self._local is not None:
+            LocalStore(self._local).write_atomic(name, data)
+        else:
+            self._fs.pipe_file(self._path(name), data)
+
+    def create_exclusive(self, name: str, data: bytes) -> bool:
+        """Create a file; False if it is there. S3: a conditional PUT (If-None-Match)."""
+        if self._local is not None:
+            return LocalStore(self._local).create_exclusive(name, data)
+        try:
+            self._fs.pipe_file(self._path(name), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def delete(self, name: str) -> None:
+        """Delete a file if it is there."""
+        try:
+            self._fs.rm_file(self._path(name))
+        except FileNotFoundError:
+            return
+
+    def exists(self, name: str) -> bool:
+        return self.size(name) is not None
+
+    def size(self, name: str) -> int | None:
+        """Size in bytes, or None where there is no such file."""
+        try:
+            info = self._info(name)
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
+
+    def put_file(self, local: Path, name: str) -> None:
+        """Publish a finished local file once; present with the right size means done.
+
+        Only for names made of the content's digest: equal name and size is equal content.
+        """
+        if self.size(name) == local.stat().st_size:
+            return
+        if self._local is None:
+            self._fs.put_file(str(local), self._path(name))
+            return
+        final = self._local / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            try:
+                os.link(local, temporary)  # the same file system: no copy
+            except OSError:
+                shutil.copyfile(local, temporary)
+            publish_file(temporary, final)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def local_path(self, name: str) -> Path | None:
+        """The file's path where the storage is a local folder, else None."""
+        return None if self._local is None else self._local / name
+
+    def list(self, prefix: str) -> list[str]:
+        """Names of the files directly under a folder of the root, sorted; [] if it is absent."""
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.ls(self._path(prefix), detail=True)
+        except FileNotFoundError:
+            return []
+        names = [str(item["name"]).rsplit("/", 1)[-1] for item in found if item["type"] == "file"]
+        folder = prefix.strip("/")
+        return sorted(f"{folder}/{name}" if folder else name for name in names)
+
+    def _path(self, name: str) -> str:
+        parts = name.strip("/").split("/")
+        if ".." in parts or name.startswith("/"):
+            raise ConfigError(f"the name {name!r} leaves the folder {self.url}")
+        return f"{self._root}/{name}" if name else self._root
+
+    def _info(self, name: str) -> dict[str, Any]:
+        # Object stores cache listings; another process may have written since.
+        self._fs.invalidate_cache(self._fs._parent(self._path(name)))
+        return dict(self._fs.info(self._path(name)))
+
+
+def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    protocol = fs.protocol if isinstance(fs.protocol, (tuple, list)) else (fs.protocol,)
+    return "file" in protocol
