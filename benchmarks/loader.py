@@ -146,9 +146,13 @@ def main() -> None:
             bare = bare_copy(dataset, order, args.micro_batch, args.seconds)
             ours = loader(dataset, order, args.micro_batch, args.seconds)
             pairs.append((ours, bare, ours / bare))
-            print(f"loader {ours:,.0f} rows/s, bare copy {bare:,.0f} rows/s, ratio {ours / bare:.2f}")
+            print(
+                f"loader {ours:,.0f} rows/s, bare copy {bare:,.0f} rows/s, ratio {ours / bare:.2f}"
+            )
         ours, bare, ratio = (statistics.median(column) for column in zip(*pairs, strict=True))
-        print(json.dumps({"loader_rows_s": ours, "bare_rows_s": bare, "ratio": ratio, **vars(args)}))
+        print(
+            json.dumps({"loader_rows_s": ours, "bare_rows_s": bare, "ratio": ratio, **vars(args)})
+        )
     finally:
         shutil.rmtree(folder)
 
