@@ -55,7 +55,7 @@ def write_dataset(
     plan = [("train", k) for k in range(num_train_shards)] + [("validation", 0)]
     shards: list[Shard] = []
     totals: dict[str, dict[str, int]] = {}
-    scratch = Path(storage.local_path("") or Path("/tmp"))  # noqa: S108 -- remote: any folder
+    scratch = Path(storage.local_path("") or Path("/tmp"))
     scratch.mkdir(parents=True, exist_ok=True)
     for split, _ in plan:
         lengths = rng.integers(1, longest + 1, documents)

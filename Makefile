@@ -1,0 +1,47 @@
+# `make quickstart` and `make test` are the two commands; each makes .venv if it is absent.
+#   PYTHON=python3.12        the interpreter that .venv is made with
+#   TORCH_SPEC='torch==...'  another torch (an installed one is honoured)
+#   ARGS='--smoke'           arguments of `leyden quickstart`
+#   PYTEST_ARGS='-k cli'     arguments of pytest
+PYTHON ?= python3
+TORCH_SPEC ?=
+ARGS ?=
+PYTEST_ARGS ?=
+export TORCH_SPEC
+BIN := .venv/bin
+
+.PHONY: help setup quickstart test lint bench clean
+
+help:
+	@echo 'make quickstart   the whole path on real input: Spark -> shards -> two ranks (ARGS=--smoke)'
+	@echo 'make test         the tests (PYTEST_ARGS=...)'
+	@echo 'make lint         ruff and mypy'
+	@echo 'make bench        the published figures, one file of benchmarks/ after another'
+	@echo 'make setup        .venv only; make clean removes build output, never data, runs or .venv'
+
+# The script compares a digest of pyproject.toml and constraints.txt with the one in .venv
+# (time stamps lie after a git checkout) and returns in 0.1 s when nothing changed.
+setup:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo 'error: no $(PYTHON) on PATH; install Python 3.11 to 3.13 with venv, e.g.' \
+	       'apt-get install python3 python3-venv' >&2; exit 4; }
+	@$(PYTHON) launch/bootstrap.py
+
+# exec: make passes a Ctrl-C on, and no shell stands between it and the command.
+quickstart: setup
+	@exec $(BIN)/leyden quickstart $(ARGS)
+
+test: setup
+	@exec $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: setup
+	@for file in benchmarks/[a-z]*.py; do \
+	  echo "== $$file"; $(BIN)/python $$file || exit 1; \
+	done
+
+clean:
+	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache spark-warehouse

@@ -1,0 +1,134 @@
+"""Parameters made on the meta device, filled equally for any number of ranks.
+
+Each parameter's full tensor comes from a generator keyed by (seed, its name) and each rank keeps
+its slice: no broadcast, no dependence on world size, order of modules or other parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from dist.errors import SetupError
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed from blake2b of the parts; never sums of seeds, which collide."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def materialise(module: nn.Module, device: torch.device, seed: int, std: float) -> None:
+    """Give a meta-device module (sharded or not) memory on `device` and its first values.
+
+    Linear and embedding weights: normal(0, std); their biases 0; norm weights 1. Buffers are
+    recomputed by their module's own constructor. Memory is poisoned with NaN first, so that a
+    tensor that no rule reached is an error here and not a silent wrong start.
+    """
+    tied = _tied_names(module)
+    module.to_empty(device=device)
+    _tie(module, tied)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                _local(tensor).fill_(float("nan"))
+        for name, parameter in module.named_parameters():
+            _fill(parameter, full_value(module, name, tuple(parameter.shape), seed, std))
+        for child in module.modules():
+            _recompute_buffers(child)
+    check_initialised(module)
+
+
+def full_value(
+    module: nn.Module, name: str, shape: tuple[int, ...], seed: int, std: float
+) -> Tensor:
+    """The full first value of one parameter, fp32 on the CPU."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    leaf = name.rpartition(".")[2]
+    if leaf == "bias":
+        return torch.zeros(shape)
+    if "norm" in type(owner).__name__.lower():
+        return torch.ones(shape)
+    if isinstance(owner, (nn.Linear, nn.Embedding)):
+        # On the CPU on purpose: CUDA's generator gives other numbers.
+        generator = torch.Generator("cpu").manual_seed(seed_of(seed, name))
+        return torch.empty(shape).normal_(0.0, std, generator=generator)
+    raise SetupError(
+        f"no rule initialises the parameter {name} of a {type(owner).__name__}; add one to "
+        "dist/initialise.py"
+    )
+
+
+def check_initialised(module: nn.Module) -> None:
+    """Raise SetupError naming every parameter or buffer that holds a NaN or no memory."""
+    left = []
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta or (tensor.is_floating_point() and bool(_local(tensor).isnan().any())):
+            left.append(name)
+    if left:
+        raise SetupError(f"these tensors were left uninitialised: {', '.join(left)}")
+
+
+def local_slice(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a full tensor, laid out as the DTensor `like` (else all of it)."""
+    if not isinstance(like, DTensor):
+        return full
+    coordinate = like.device_mesh.get_coordinate()
+    assert coordinate is not None  # this rank holds parameters of a mesh that it is in
+    for axis, placement in enumerate(like.placements):
+        if type(placement) is Shard:
+            # DTensor cuts like torch.chunk: the last ranks may get less, or nothing.
+            pieces = full.chunk(like.device_mesh.size(axis), placement.dim)
+            mine = coordinate[axis]
+            full = pieces[mine] if mine < len(pieces) else full.narrow(placement.dim, 0, 0)
+        elif type(placement) is not Replicate:
+            raise SetupError(f"no rule slices a tensor placed as {placement}")
+    return full
+
+
+def _fill(parameter: Tensor, full: Tensor) -> None:
+    _local(parameter).copy_(local_slice(full, parameter))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _recompute_buffers(child: nn.Module) -> None:
+    """Rotary embeddings and the like: build the module anew on the CPU and copy its buffers."""
+    mine = dict(child.named_buffers(recurse=False))
+    if not mine:
+        return
+    if not hasattr(child, "config"):
+        raise SetupError(
+            f"the buffers {sorted(mine)} of a {type(child).__name__} cannot be recomputed: it "
+            "has no `config` to build it anew; add a rule to dist/initialise.py"
+        )
+    with torch.device("cpu"):
+        fresh = type(child)(child.config)  # type: ignore[call-arg]
+    for name, buffer in fresh.named_buffers(recurse=False):
+        mine[name].copy_(buffer)
+
+
+def _tied_names(module: nn.Module) -> list[tuple[str, str]]:
+    """Pairs (first name, other name) of parameters that are one tensor; to_empty unties them."""
+    first: dict[int, str] = {}
+    pairs = []
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            pairs.append((first[id(parameter)], name))
+        else:
+            first[id(parameter)] = name
+    return pairs
+
+
+def _tie(module: nn.Module, pairs: list[tuple[str, str]]) -> None:
+    for source, target in pairs:
+        owner, _, leaf = target.rpartition(".")
+        parameter = module.get_parameter(source)
+        if module.get_parameter(target) is not parameter:
+            setattr(module.get_submodule(owner), leaf, parameter)

@@ -1,0 +1,454 @@
+"""Packed rows of local shards into micro-batches: mmap, one gather thread, no worker processes.
+
+Which rows: step s consumes samples [t, t + B) of an order; data-parallel coordinate r of W takes
+rows rank_span(B, r, W), cut into micro-batches. Every rank runs the same number of them; short
+ones are padded with rows of no document, which weigh nothing.
+
+The thread knows a step's rows ahead, so it also agrees with the other ranks, by one small
+all-reduce a step on a gloo group of its own, on what the step needs: its valid targets, whether
+someone asked to stop, whether someone failed. It runs a few steps ahead of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist.dataset import Dataset, SplitTable
+from dist.errors import describe
+from dist.mesh import PeerFailed, host_group
+from dist.order import Order, SequentialOrder, num_micro_batches, rank_span
+from dist.shard_file import PackedShard
+from dist.verify import ShardVerifier
+
+MAX_OPEN_SHARDS = 512
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One micro-batch of one rank, and where it stands. n rows of seq tokens."""
+
+    tokens: Tensor
+    """(n, seq + 1) in the shards' dtype: inputs [:, :-1], targets [:, 1:]."""
+    doc_ids: Tensor
+    """(n, seq) int32, the input token's document within its row."""
+    position_ids: Tensor
+    """(n, seq) int32, restarts at each document."""
+    valid: Tensor
+    """(n, seq) bool, True where the target is the next token of the same document."""
+    cu_seqlens: Tensor
+    """(documents + 1,) int32, document borders in the flattened inputs."""
+    rows: Tensor
+    """(n,) int64, row of the split; -1 for padding rows."""
+    max_len: int
+    """Longest document of the micro-batch, in tokens."""
+    step: int
+    """Optimizer step, from 0, that this micro-batch is part of."""
+    t0: int
+    """The step's first sample."""
+    t1: int
+    """One past the step's last sample."""
+    micro: int
+    """Number of the micro-batch in its step."""
+    num_micro: int
+    """Micro-batches of the step."""
+    step_targets: int
+    """Valid targets of the whole step on all ranks; 0 where the loader does not count."""
+    stop: bool
+    """All ranks agreed to stop after this step."""
+
+    @property
+    def ends_step(self) -> bool:
+        return self.micro == self.num_micro - 1
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> Batch:
+        """The batch on a device; tokens travel in their narrow dtype."""
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def pin(self) -> Batch:
+        """The batch in page-locked memory, for copies to a GPU that nothing waits for."""
+        pinned = {
+            field.name: getattr(self, field.name).pin_memory()
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **pinned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Documents of n rows, from the rows' piece lengths. See Batch for the arrays."""
+
+    doc_ids: NDArray[np.int32]
+    position_ids: NDArray[np.int32]
+    valid: NDArray[np.bool_]
+    cu_seqlens: NDArray[np.int32]
+    max_len: int
+
+
+def document_layout(
+    doc_lens: NDArray[np.int32], row_splits: NDArray[np.int64], seq_len: int
+) -> Layout:
+    """Which document, which position, which targets: (n, seq_len) arrays.
+
+    doc_lens: (pieces,) of all rows, row_splits: (n + 1,). Padding is one more document, whose
+    targets are not valid. A row without pieces is all padding.
+    """
+    num_rows, width = len(row_splits) - 1, seq_len + 1
+    total = np.concatenate(([0], np.cumsum(doc_lens, dtype=np.int64)))
+    padding = width - (total[row_splits[1:]] - total[row_splits[:-1]])
+    # lens: the pieces of each row and then its padding (maybe 0); they sum to num_rows * width.
+    lens = np.insert(doc_lens.astype(np.int64), row_splits[1:], padding)
+    per_row = np.diff(row_splits) + 1
+    last = np.cumsum(per_row) - 1
+    number = np.arange(len(lens)) - np.repeat(last + 1 - per_row, per_row)
+    ends = np.cumsum(lens)
+    doc = np.repeat(number, lens).reshape(num_rows, width)
+    position = np.arange(num_rows * width) - np.repeat(ends - lens, lens)
+    real = np.ones(len(lens), bool)
+    real[last] = False
+    counts = np.repeat(real, lens).reshape(num_rows, width)
+    # A row's last token is a target only; its piece is one shorter as an input.
+    row_of = np.repeat(np.arange(num_rows), per_row)
+    input_ends = np.minimum(ends - row_of * width, seq_len) + row_of * seq_len
+    borders = np.unique(np.concatenate(([0], input_ends)))
+    return Layout(
+        doc_ids=doc[:, :-1].astype(np.int32),
+        position_ids=position.reshape(num_rows, width)[:, :-1].astype(np.int32),
+        valid=(doc[:, :-1] == doc[:, 1:]) & counts[:, 1:],
+        cu_seqlens=borders.astype(np.int32),
+        max_len=int(np.diff(borders).max(initial=0)),
+    )
+
+
+class RowOrder(Protocol):
+    """Order or SequentialOrder of dist.order."""
+
+    num_rows: int
+
+    def rows(self, t0: int, t1: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderPlan:
+    """What a loader delivers; the same on all ranks but for `rank`."""
+
+    batch: int
+    """Global batch in rows."""
+    micro_batch: int
+    """Rows of a micro-batch on one rank."""
+    rank: int = 0
+    """Data-parallel coordinate."""
+    world_size: int = 1
+    """Data-parallel size."""
+    start_step: int = 0
+    """First step to deliver."""
+    start_t: int = 0
+    """Its first sample."""
+    end_step: int | None = None
+    """One past the last step; None for as many as the samples give."""
+    end_t: int | None = None
+    """One past the last sample; the last step may be short. None for no end."""
+
+    def steps(self) -> Iterator[tuple[int, int, int]]:
+        """(step, t0, t1) in order."""
+        step, t = self.start_step, self.start_t
+        while (self.end_step is None or step < self.end_step) and (
+            self.end_t is None or t < self.end_t
+        ):
+            t1 = t + self.batch if self.end_t is None else min(t + self.batch, self.end_t)
+            yield step, t, t1
+            step, t = step + 1, t1
+
+    def num_micro(self, rows: int) -> int:
+        return num_micro_batches(rows, self.world_size, self.micro_batch)
+
+
+class TokenLoader:
+    """Iterable of Batch. Each `iter()` starts at the plan's first step with a thread of its own.
+
+    Raises in the consumer what failed in the thread: DataRefused for a damaged shard on this
+    rank, PeerFailed where another rank failed. Close it (or use it as a context manager).
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: SplitTable,
+        order: RowOrder,
+        plan: LoaderPlan,
+        *,
+        verifier: ShardVerifier | None = None,
+        agree: Agreement | None = None,
+        pin: bool = False,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.plan, self.split, self.order = plan, split, order
+        self.wait_s = 0.0
+        """Seconds that the consumer waited for data, in all."""
+        self._seq_len = int(dataset.manifest.schema["seq_len"])
+        self._dtype = np.dtype(dataset.manifest.schema["token_dtype"])
+        self._shards = _OpenShards(dataset, split, verifier)
+        self._agree, self._pin, self._stop_requested = agree, pin, stop_requested
+        self._channel: _Channel | None = None
+        self._thread: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        """Micro-batches of steps 0 to the last, also those before the start: what a loop that
+        counts from the run's beginning will have seen at the end."""
+        plan = self.plan
+        if plan.end_step is None and plan.end_t is None:
+            raise TypeError("a loader without end_step and end_t has no length")
+        if plan.end_t is None:
+            return int(plan.end_step or 0) * plan.num_micro(plan.batch)
+        before = plan.start_step * plan.num_micro(plan.batch)
+        return before + sum(plan.num_micro(t1 - t0) for _, t0, t1 in plan.steps())
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        ahead = self.plan.num_micro(self.plan.batch)
+        channel = _Channel(max(2, min(ahead, 16)))
+        thread = threading.Thread(target=self._run, args=(channel,), name="gather", daemon=True)
+        self._channel, self._thread = channel, thread
+        thread.start()
+        return self._deliver(channel)
+
+    def _deliver(self, channel: _Channel) -> Iterator[Batch]:
+        while True:
+            start = time.perf_counter()
+            item = channel.get()
+            self.wait_s += time.perf_counter() - start
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """End the thread. It may sit in a collective with a dead peer: then it is left behind."""
+        if self._channel is not None:
+            self._channel.close()
+        if self._thread is not None:
+            self._thread.join(timeout=2.0)
+        self._channel = self._thread = None
+
+    def __enter__(self) -> TokenLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, channel: _Channel) -> None:
+        try:
+            for step, t0, t1 in self.plan.steps():
+                stop = self._stop_requested()
+                failure: BaseException | None = None
+                batches: list[Batch] = []
+                try:
+                    batches = self._gather_step(step, t0, t1)
+                except Exception as error:
+                    failure = error
+                targets = sum(int(batch.valid.sum()) for batch in batches)
+                if self._agree is not None:
+                    targets, stop = self._agree.step(targets, stop, failure)
+                if failure is not None:
+                    raise failure
+                for batch in batches:
+                    batch.step_targets, batch.stop = targets, stop
+                    if not channel.put(batch.pin() if self._pin else batch):
+                        return
+                if stop:
+                    break
+            channel.put(None)
+        except BaseException as error:  # delivered to the consumer, who raises it
+            channel.put(error)
+
+    def _gather_step(self, step: int, t0: int, t1: int) -> list[Batch]:
+        """All micro-batches of this rank's part of one step."""
+        plan = self.plan
+        lo, hi = rank_span(t1 - t0, plan.rank, plan.world_size)
+        _, rows = self.order.rows(t0 + lo, t0 + hi)
+        num_micro = plan.num_micro(t1 - t0)
+        size = min(plan.micro_batch, -(-(t1 - t0) // plan.world_size))
+        batches = []
+        for micro in range(num_micro):
+            part = rows[micro * size : (micro + 1) * size]
+            batch = self._gather(part, size)
+            batch.step, batch.t0, batch.t1 = step, t0, t1
+            batch.micro, batch.num_micro = micro, num_micro
+            batches.append(batch)
+        return batches
+
+    def _gather(self, rows: NDArray[np.int64], size: int) -> Batch:
+        """One micro-batch of `size` rows, the missing ones padding."""
+        tokens = np.zeros((size, self._seq_len + 1), self._dtype)
+        pieces: list[NDArray[np.int32]] = []
+        splits = np.zeros(size + 1, np.int64)
+        shard_of, row_in_shard = self.split.locate(rows)
+        for i, number in enumerate(shard_of.tolist()):
+            shard = self._shards.get(number)
+            one = row_in_shard[i : i + 1]
+            shard.gather(one, tokens[i : i + 1])
+            lens, _ = shard.doc_lens(one)
+            pieces.append(lens)
+            splits[i + 1] = splits[i] + len(lens)
+        splits[len(rows) + 1 :] = splits[len(rows)]
+        lens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+        layout = document_layout(lens, splits, self._seq_len)
+        keys = np.full(size, -1, np.int64)
+        keys[: len(rows)] = rows
+        return Batch(
+            tokens=torch.from_numpy(tokens),
+            doc_ids=torch.from_numpy(layout.doc_ids),
+            position_ids=torch.from_numpy(layout.position_ids),
+            valid=torch.from_numpy(layout.valid),
+            cu_seqlens=torch.from_numpy(layout.cu_seqlens),
+            rows=torch.from_numpy(keys),
+            max_len=layout.max_len,
+            step=0, t0=0, t1=0, micro=0, num_micro=1, step_targets=0, stop=False,
+        )  # fmt: skip
+
+
+class Agreement:
+    """What all ranks must know of a step, by one int64 all-reduce in the gather thread."""
+
+    def __init__(self, group: torch.distributed.ProcessGroup | None) -> None:
+        self._group = group
+
+    def step(self, targets: int, stop: bool, failure: BaseException | None) -> tuple[int, bool]:
+        """(valid targets on all ranks, whether any rank wants to stop).
+
+        Raises PeerFailed on the ranks that did not fail themselves, if one did.
+        """
+        if self._group is None:
+            return targets, stop
+        code = 0
+        if failure is not None:
+            said = describe(failure)
+            code = said[1] if said else 1
+        sums = torch.tensor([targets, int(stop), int(failure is not None), code])
+        torch.distributed.all_reduce(sums, group=self._group)
+        targets, stops, failures, codes = sums.tolist()
+        if failures and failure is None:
+            raise PeerFailed(f"{failures} other ranks could not read their data", codes // failures)
+        return targets, stops > 0
+
+
+class _OpenShards:
+    """A bounded cache of mapped shards; bytes are verified before the first use of a shard."""
+
+    def __init__(self, dataset: Dataset, split: SplitTable, verifier: ShardVerifier | None) -> None:
+        self._dataset, self._split, self._verifier = dataset, split, verifier
+        self._open: OrderedDict[int, PackedShard] = OrderedDict()
+
+    def get(self, number: int) -> PackedShard:
+        shard = self._open.get(number)
+        if shard is not None:
+            self._open.move_to_end(number)
+            return shard
+        if self._verifier is not None:
+            self._verifier.require(number)
+        shard = PackedShard(self._dataset.shard_path(self._split.shards[number]))
+        self._open[number] = shard
+        if len(self._open) > MAX_OPEN_SHARDS:
+            self._open.popitem(last=False)[1].close()
+        return shard
+
+
+class _Channel:
+    """A bounded queue that either side can close."""
+
+    def __init__(self, capacity: int) -> None:
+        self._items: deque[Any] = deque()
+        self._capacity, self._closed = capacity, False
+        self._changed = threading.Condition()
+
+    def put(self, item: Any) -> bool:
+        """Wait for room and append; False if the channel was closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)
+            if self._closed:
+                return False
+            self._items.append(item)
+            self._changed.notify_all()
+            return True
+
+    def get(self) -> Any:
+        """Wait for an item; None at the end and after close."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._items)
+            if not self._items:
+                return None
+            item = self._items.popleft()
+            self._changed.notify_all()
+            return item
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._items.clear()
+            self._changed.notify_all()
+
+
+def planned_shards(split: SplitTable, order: RowOrder, start_t: int, look_ahead: int) -> list[int]:
+    """Shard numbers in the order of their first use within `look_ahead` samples, then the rest."""
+    _, rows = order.rows(start_t, start_t + look_ahead)
+    used, first = np.unique(split.locate(rows)[0], return_index=True)
+    ordered = used[np.argsort(first)].tolist()
+    return ordered + sorted(set(range(len(split.shards))) - set(ordered))
+
+
+def training_loader(
+    dataset: Dataset, seed: int, plan: LoaderPlan, run: Path, stack: ExitStack,
+    stop_requested: Callable[[], bool],
+) -> TokenLoader:  # fmt: skip
+    """Rows of `train` in the order of `seed`, verified before use; all ranks must call it."""
+    split = dataset.split("train")
+    order = Order(split.num_rows, seed)
+    verifier = ShardVerifier(dataset, split, run / "verified")
+    verifier.start(planned_shards(split, order, plan.start_t, 64 * plan.batch))
+    stack.callback(verifier.close)
+    loader = TokenLoader(
+        dataset, split, order, plan, verifier=verifier, agree=Agreement(host_group()),
+        pin=torch.cuda.is_available(), stop_requested=stop_requested,
+    )  # fmt: skip
+    stack.callback(loader.close)
+    return loader
+
+
+def validation_loader(
+    dataset: Dataset, plan: LoaderPlan, num_rows: int, run: Path, stack: ExitStack
+) -> TokenLoader | None:
+    """The first `num_rows` rows (0: all) of `validation`, each once; None without that split."""
+    if "validation" not in dataset.manifest.splits():
+        return None
+    split = dataset.split("validation")
+    plan = dataclasses.replace(
+        plan, start_step=0, start_t=0, end_step=None,
+        end_t=min(num_rows or split.num_rows, split.num_rows),
+    )  # fmt: skip
+    verifier = ShardVerifier(dataset, split, run / "verified")
+    order = SequentialOrder(split.num_rows)
+    loader = TokenLoader(
+        dataset, split, order, plan, verifier=verifier, pin=torch.cuda.is_available()
+    )
+    stack.callback(loader.close)
+    return loader

@@ -1,0 +1,444 @@
+"""`leyden quickstart`: the whole path on real input, by the commands that a user would type.
+
+collect -> tokenizer -> shards -> verify -> train -> baselines -> gate. Every stage is recorded when
+it is complete and commits its output atomically, so that a rerun after any interruption goes on
+with the first stage that is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist.errors import LeydenError, SetupError
+from dist.local_files import write_atomic
+from launch import prep, train
+from launch.corpus import write_corpus
+from launch.processes import command_text
+from launch.torchrun import num_gpus
+
+VOCAB_SIZE = 4096
+NUM_SPECIAL_TOKENS = 16
+VALIDATION_FRACTION = 0.05
+SEQ_LEN = 256
+GATE_NATS = 0.5
+FREE_MB_NEEDED = 2000
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Folders and sizes of one quickstart; the smoke test has its own folders."""
+
+    name: str = "quickstart"
+    input_mb: float = 30.0
+    shard_size_mib: float = 8.0
+    nproc: int = 2
+    overrides: tuple[str, ...] = ()
+    """Arguments of the recipe besides those that every quickstart has."""
+    gated: bool = True
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """After `leyden`, what starts this plan."""
+        return ("quickstart",) if self.gated else ("quickstart", "--smoke")
+
+    @property
+    def data(self) -> Path:
+        return Path("data") / self.name
+
+    @property
+    def run(self) -> Path:
+        return Path("runs") / self.name
+
+
+def make_plan(*, smoke: bool, gpus: int) -> Plan:
+    """The full quickstart, or the one that the tests run (2 MB, 20 steps)."""
+    # NCCL takes one rank a GPU; without GPUs two gloo ranks show that it is distributed.
+    nproc = 1 if gpus == 1 else 2
+    if not smoke:
+        return Plan(nproc=nproc)
+    return Plan(
+        name="quickstart-smoke",
+        input_mb=2.0,
+        shard_size_mib=1.0,
+        nproc=nproc,
+        # Small steps: 20 of them take seconds and still cross a checkpoint and a validation.
+        overrides=(
+            *("--max_steps", "20", "--global_batch", "4", "--micro_batch", "2"),
+            *("--val_rows", "16", "--save_every_steps", "10"),
+        ),
+        gated=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of the path: what it is, the words a user would type, and how it is done."""
+
+    name: str
+    what: str
+    output: Path
+    """Gone = the stage has to be done again."""
+    words: tuple[str, ...]
+    """After `leyden`; empty if no verb does this alone."""
+    run: Callable[[], Result]
+
+
+class StageFailed(LeydenError):
+    """A stage's command ended with another code than 0; the same code ends the quickstart."""
+
+    def __init__(self, stage: str, code: int) -> None:
+        self.exit_code = code
+        super().__init__(f"the stage `{stage}` ended with exit code {code}")
+
+
+def stages(plan: Plan) -> list[Stage]:
+    """All stages in order."""
+    tokenizer, dataset = plan.data / "tokenizer", plan.data / "dataset"
+    source = plan.data / "input"
+    prep_tokenizer = (
+        *("prep", "train-tokenizer", "--input", str(source), "--format", "text"),
+        *("--vocab_size", str(VOCAB_SIZE), "--num_special_tokens", str(NUM_SPECIAL_TOKENS)),
+        *("--output", str(tokenizer)),
+    )
+    prep_shards = (
+        *("prep", "tokenize-text", "--input", str(source), "--format", "text"),
+        *("--tokenizer", str(tokenizer), "--seq_len", str(SEQ_LEN)),
+        *("--validation_fraction", str(VALIDATION_FRACTION)),
+        *("--shard_size_mib", str(plan.shard_size_mib), "--output", str(dataset)),
+    )
+    training = (
+        *("train", "pretrain", "--config", "tiny", "--nproc", str(plan.nproc)),
+        *("--run", plan.name, "--data.url", str(dataset), *plan.overrides),
+    )
+    return [
+        Stage(
+            name="collect",
+            what=f"{plan.input_mb:.0f} MB of this machine's Python sources, a file a document",
+            output=source,
+            words=(),
+            run=lambda: write_corpus(source, int(plan.input_mb * 1e6)),
+        ),
+        Stage(
+            name="tokenizer",
+            what=f"Spark samples the text; a byte-level BPE of {VOCAB_SIZE:,} tokens",
+            output=tokenizer / "tokenizer.json",
+            words=prep_tokenizer,
+            run=lambda: _job(prep_tokenizer, "tokenizer"),
+        ),
+        Stage(
+            name="shards",
+            what="Spark tokenizes, shuffles, packs: immutable shards named by their digest",
+            output=dataset / "LATEST",
+            words=prep_shards,
+            run=lambda: _shards(prep_shards, dataset),
+        ),
+        Stage(
+            name="verify",
+            what="every byte against the manifest",
+            output=dataset / "LATEST",
+            words=("data", "verify", str(dataset)),
+            run=lambda: _verify(dataset),
+        ),
+        Stage(
+            name="train",
+            what=f"a 4M-parameter Llama on {plan.nproc} ranks, FSDP2, activation checkpointing",
+            output=plan.run / "outcome.json",
+            words=training,
+            run=lambda: _train(training, plan.run),
+        ),
+        Stage(
+            name="baselines",
+            what="unigram and bigram losses, counted from the same shards",
+            output=dataset / "LATEST",
+            words=(),
+            run=lambda: _baselines(dataset),
+        ),
+    ]
+
+
+def _job(words: tuple[str, ...], title: str) -> Result:
+    code = prep.main(list(words[1:]), title)
+    if code:
+        raise StageFailed(title, code)
+    return {}
+
+
+def _shards(words: tuple[str, ...], root: Path) -> Result:
+    _job(words, "shards")
+    from dist.dataset import open_dataset
+
+    dataset = open_dataset(str(root))
+    totals = dataset.manifest.totals
+    return {
+        "data_digest": dataset.data_digest,
+        "shards": len(dataset.manifest.shards),
+        "tokens": {split: counts["tokens"] for split, counts in totals.items()},
+    }
+
+
+def _verify(root: Path) -> Result:
+    from dist.dataset import open_dataset
+    from dist.verify import verify_full
+
+    report = verify_full(open_dataset(str(root)))
+    return {"shards": report.shards, "bytes": report.bytes}
+
+
+def _train(words: tuple[str, ...], run: Path) -> Result:
+    code = train.main(list(words[1:]), "train")
+    if code:
+        raise StageFailed("train", code)
+    from dist.run_dir import RunDir
+
+    outcome = RunDir(run).read_outcome() or {}
+    if outcome.get("status") != "completed" or "validation_loss" not in outcome:
+        raise LeydenError(
+            f"the run {run} ended without a validation loss (outcome: {outcome}); "
+            "look at its metrics.jsonl"
+        )
+    return outcome
+
+
+def _baselines(root: Path) -> Result:
+    from dist.baselines import unigram_bigram
+    from dist.dataset import open_dataset
+    from dist.progress import Progress
+
+    with Progress("baselines"):
+        return dict(unigram_bigram(open_dataset(str(root))))
+
+
+class Record:
+    """Which stages are complete: <data>/stages.json, rewritten atomically after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.stages: dict[str, Any] = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            self.stages = {}
+
+    def complete(self, stage: Stage) -> bool:
+        """Done by the same words, with its output still there."""
+        entry = self.stages.get(stage.name, {})
+        return bool(entry.get("words") == list(stage.words) and stage.output.exists())
+
+    def add(self, stage: Stage, seconds: float, result: Result) -> None:
+        self.stages[stage.name] = {
+            "words": list(stage.words),
+            "seconds": round(seconds, 2),
+            "result": result,
+        }
+        self._write()
+
+    def forget(self, names: list[str]) -> None:
+        """These stages have to be done again."""
+        self.stages = {name: entry for name, entry in self.stages.items() if name not in names}
+        self._write()
+
+    def _write(self) -> None:
+        write_atomic(self.path, (json.dumps(self.stages, indent=1) + "\n").encode())
+
+
+@contextlib.contextmanager
+def only_one(plan: Plan) -> Iterator[None]:
+    """Refuse a second quickstart in the same folder; the kernel drops the lock with the process."""
+    plan.data.parent.mkdir(parents=True, exist_ok=True)
+    path = plan.data.parent / f".{plan.name}.lock"
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SetupError(
+                f"another quickstart is running in {plan.data.absolute()}; wait for it, or run "
+                "this one in another folder"
+            ) from None
+        yield
+
+
+def check_space(folder: Path) -> None:
+    """Raise SetupError if the disk of `folder` cannot hold the quickstart."""
+    free_mb = shutil.disk_usage(folder).free / 1e6
+    if free_mb < FREE_MB_NEEDED:
+        raise SetupError(
+            f"{folder.absolute()} has {free_mb:.0f} MB free and the quickstart needs "
+            f"{FREE_MB_NEEDED} MB for shuffle files and checkpoints; make room"
+        )
+
+
+def leyden_text(words: tuple[str, ...]) -> str:
+    """`leyden ...` as a person can type it here."""
+    own = str(Path(sys.executable).parent / "leyden")
+    found = shutil.which("leyden")
+    return command_text(["leyden" if found and Path(found).samefile(own) else own, *words])
+
+
+def run_stages(plan: Plan, record: Record) -> None:
+    """Do every stage that is not complete; a stage after one that was redone is redone too."""
+    todo = stages(plan)
+    redo = False
+    for number, stage in enumerate(todo, 1):
+        head = f"[{number}/{len(todo)}] {stage.name}"
+        if not redo and record.complete(stage):
+            seconds = record.stages[stage.name]["seconds"]
+            print(f"{head}: done before, in {seconds:.1f} s", flush=True)
+            continue
+        if not redo:
+            # An output of a half-done repetition must not pass for the one recorded before.
+            record.forget([later.name for later in todo[number - 1 :]])
+        redo = True
+        print(f"{head}: {stage.what}", flush=True)
+        if stage.words:
+            print(f"$ {leyden_text(stage.words)}", flush=True)
+        started = time.monotonic()
+        result = stage.run()
+        seconds = time.monotonic() - started
+        record.add(stage, seconds, result)
+        print(f"{head}: done in {seconds:.1f} s", flush=True)
+
+
+def judge(plan: Plan, record: Record) -> Result:
+    """Losses and whether the gate is passed; what quickstart.json holds."""
+    entries = record.stages
+    losses = entries["baselines"]["result"]
+    loss = float(entries["train"]["result"]["validation_loss"])
+    limit = losses["unigram"] - GATE_NATS
+    return {
+        "status": "passed" if loss < limit else ("failed" if plan.gated else "not gated"),
+        "validation_loss": loss,
+        "unigram": losses["unigram"],
+        "bigram": losses.get("bigram"),
+        "gate": limit,
+        "seconds": round(sum(entry["seconds"] for entry in entries.values()), 2),
+        "stages": entries,
+        "machine": {"cores": len(os.sched_getaffinity(0)), "python": sys.version.split()[0]},
+    }
+
+
+def _came_out(name: str, result: Result) -> str:
+    """One phrase on what a stage produced."""
+    if name == "collect":
+        return f"{result['files']:,} files, {result['bytes'] / 1e6:.1f} MB"
+    if name == "tokenizer":
+        return f"{VOCAB_SIZE:,} tokens, {NUM_SPECIAL_TOKENS} of them special"
+    if name == "shards":
+        tokens = ", ".join(f"{split} {count:,}" for split, count in result["tokens"].items())
+        return f"{result['shards']} shards; tokens: {tokens}"
+    if name == "verify":
+        return f"{result['bytes'] / 1e6:.1f} MB hashed, all as the manifest says"
+    if name == "train":
+        return f"{result['step']:,} steps, {result.get('tokens', 0):,} tokens"
+    return f"{result['targets']:,.0f} validation targets"
+
+
+def summary(plan: Plan, verdict: Result) -> str:
+    """What the quickstart says at its end: what each thing is, and what to do next."""
+    lines = [f"\nquickstart: {verdict['status']}, {verdict['seconds']:.0f} s of work\n"]
+    for stage in stages(plan):
+        entry = verdict["stages"][stage.name]
+        out = _came_out(stage.name, entry["result"])
+        lines.append(f"  {stage.name:<10} {entry['seconds']:>7.1f} s  {out}")
+    bigram = f", bigram {verdict['bigram']:.3f}" if verdict["bigram"] is not None else ""
+    lines += [
+        "",
+        f"  validation loss {verdict['validation_loss']:.3f} nats/token "
+        f"(counted from the same shards: unigram {verdict['unigram']:.3f}{bigram})",
+    ]
+    if plan.gated:
+        words = "below" if verdict["status"] == "passed" else "NOT below"
+        lines.append(f"  gate: {words} unigram - {GATE_NATS} = {verdict['gate']:.3f}")
+    else:
+        lines.append("  20 steps only show that every part works, so the loss is not judged")
+    dataset, tokenizer = plan.data / "dataset", plan.data / "tokenizer"
+    where = (
+        (plan.data / "input", "the text, one file a document"),
+        (tokenizer, "tokenizer.json, loads in Hugging Face tokenizers"),
+        (dataset, "shards (Arrow files), manifests, provenance"),
+        (plan.run, "the run: config, metrics.jsonl, consumed.jsonl, checkpoints, quickstart.json"),
+    )
+    again = ("train", "pretrain", "--config", "tiny", "--nproc", str(plan.nproc))
+    return "\n".join(
+        [
+            *lines,
+            "\nwhat is where",
+            *(f"  {folder!s:<{len(str(tokenizer))}}  {what}" for folder, what in where),
+            "\nwhat to do next",
+            f"  look into the data   {leyden_text(('data', 'inspect', str(dataset)))}",
+            "  train longer         "
+            + leyden_text((*again, "--run", "longer", "--data.url", str(dataset)))
+            + " --max_steps 2000",
+            "  your own text        "
+            + leyden_text(("prep", "tokenize-text", "--input", "FOLDER", "--output", "data/mine"))
+            + f" --tokenizer {tokenizer}",
+            "",
+        ]
+    )
+
+
+def quickstart(plan: Plan, *, fresh: bool) -> int:
+    """Run or finish the quickstart of `plan`; 0 if the gate is passed."""
+    with only_one(plan):
+        if fresh:
+            for folder in (plan.data, plan.run):
+                shutil.rmtree(folder, ignore_errors=True)
+        plan.data.mkdir(parents=True, exist_ok=True)
+        check_space(plan.data)
+        record = Record(plan.data / "stages.json")
+        if all(record.complete(stage) for stage in stages(plan)):
+            print(f"quickstart: done before; {leyden_text((*plan.words, '--fresh'))} starts over")
+        else:
+            print(f"quickstart: writes only to {plan.data} and {plan.run}", flush=True)
+            run_stages(plan, record)
+        verdict = judge(plan, record)
+        write_atomic(plan.run / "quickstart.json", (json.dumps(verdict, indent=1) + "\n").encode())
+        print(summary(plan, verdict), end="")
+    return 1 if verdict["status"] == "failed" else 0
+
+
+def main(arguments: list[str]) -> int:
+    """Command line of `leyden quickstart`."""
+    parser = argparse.ArgumentParser(
+        prog="leyden quickstart",
+        description="The whole path on this machine: Python sources -> Spark -> verified shards -> "
+        "a small Llama on 2 ranks, under 6 minutes on 2 cores. Writes to ./data and ./runs only. "
+        "A rerun goes on where the last one stopped.",
+        epilog="examples: leyden quickstart    leyden quickstart --fresh    leyden quickstart"
+        " --smoke",
+    )
+    parser.add_argument("--fresh", action="store_true", help="delete the last quickstart first")
+    parser.add_argument("--smoke", action="store_true", help="2 MB and 20 steps: under a minute")
+    parser.add_argument("--dry-run", action="store_true", help="print each stage's command")
+    options = parser.parse_args(arguments)
+    plan = make_plan(smoke=options.smoke, gpus=num_gpus())
+    if options.dry_run:
+        for stage in stages(plan):
+            print(f"# {stage.name}: {stage.what}")
+            if stage.words:
+                print(leyden_text(stage.words))
+        return 0
+    try:
+        return quickstart(plan, fresh=options.fresh)
+    except (KeyboardInterrupt, StageFailed) as error:
+        code = getattr(error, "exit_code", 130)
+        # A drained run says 75; for the person at the keyboard it is an interrupted quickstart.
+        code = 130 if code == 75 else code
+        again = leyden_text(plan.words)
+        said = "interrupted" if code in (130, 143) else str(error)
+        print(
+            f"\nquickstart: {said}; what is complete is kept, {again} goes on from there, "
+            "with --fresh it starts over",
+            file=sys.stderr,
+        )
+        return code

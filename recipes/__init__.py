@@ -1,0 +1,1 @@
+"""One file per recipe, read top to bottom: docstring with its commands, Config, module, run."""

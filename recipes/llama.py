@@ -1,0 +1,129 @@
+"""A Hugging Face Llama built from a config, and the small root module that gives its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist.attention import PACKED_ATTENTION, packed_info, register_packed_attention
+from dist.errors import ConfigError
+from dist.loss import summed_loss
+from dist.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a Llama; the vocabulary and the sequence length come from the dataset."""
+
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Decoder blocks."""
+    num_heads: int = 4
+    """Query heads; must divide hidden_size."""
+    num_kv_heads: int = 4
+    """Key and value heads; must divide num_heads."""
+    intermediate_size: int = 688
+    """Width of the gated MLP."""
+    tie_embeddings: bool = True
+    """The output matrix is the input embedding."""
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding's wavelengths."""
+    rope_scaling: dict[str, Any] | None = None
+    """Hugging Face rope parameters besides theta, such as Llama 3.1's; null for none."""
+    max_position_embeddings: int = 131072
+    """Longest context that the model's config claims."""
+    norm_eps: float = 1e-5
+    """Epsilon of the RMS norms."""
+    init_std: float = 0.02
+    """Standard deviation of the first weights."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model: num_heads {self.num_heads} must divide hidden_size {self.hidden_size} and "
+                f"be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+
+
+def hf_config(config: ModelConfig, schema: dict[str, Any]) -> Any:
+    """transformers.LlamaConfig of a model on a dataset's schema (vocabulary, bos and eos)."""
+    from transformers import LlamaConfig
+
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return LlamaConfig(
+        vocab_size=schema["vocab_size"],
+        bos_token_id=schema.get("bos_id"),
+        eos_token_id=schema.get("eos_id"),
+        pad_token_id=None,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        intermediate_size=config.intermediate_size,
+        tie_word_embeddings=config.tie_embeddings,
+        rope_parameters=rope | (config.rope_scaling or {}),
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.norm_eps,
+        initializer_range=config.init_std,
+        use_cache=False,
+        attn_implementation=PACKED_ATTENTION,
+    )
+
+
+class PackedLlama(nn.Module):
+    """The root that is sharded: its forward returns a loss sum, so that no parameter is used
+    outside it (FSDP2 gathers the output matrix only within its root's forward)."""
+
+    def __init__(self, config: ModelConfig, schema: dict[str, Any]) -> None:
+        from transformers import LlamaForCausalLM
+
+        super().__init__()
+        register_packed_attention()
+        self.model = LlamaForCausalLM(hf_config(config, schema))
+        self.autocast_dtype: torch.dtype | None = None
+
+    def forward(self, batch: Any) -> Tensor:
+        """Sum of -log p(target) over the valid targets of a batch (dist.loader.Batch), nats."""
+        tokens = batch.tokens.long()
+        dtype = self.autocast_dtype or self.model.model.embed_tokens.weight.dtype
+        autocast = self.autocast_dtype is not None
+        with torch.autocast(tokens.device.type, self.autocast_dtype, enabled=autocast):
+            hidden = self.model.model(
+                input_ids=tokens[:, :-1],
+                position_ids=batch.position_ids,
+                use_cache=False,
+                packed=packed_info(batch.doc_ids, batch.cu_seqlens, batch.max_len, dtype),
+            ).last_hidden_state
+            return summed_loss(
+                hidden.flatten(0, 1),
+                self.model.lm_head.weight,
+                tokens[:, 1:].flatten(),
+                batch.valid.flatten(),
+            )
+
+
+def build(config: ModelConfig, schema: dict[str, Any]) -> PackedLlama:
+    """The model on the meta device: no memory, no values."""
+    with torch.device("meta"):
+        return PackedLlama(config, schema)
+
+
+def blocks(model: PackedLlama) -> Iterable[nn.Module]:
+    """The decoder blocks: the units of checkpointing, compiling and sharding."""
+    return model.model.model.layers
+
+
+def set_precision(model: PackedLlama, precision: Precision, *, by_policy: bool) -> None:
+    """bf16 by autocast, unless the sharding's policy owns the dtypes."""
+    if precision.name == "bf16-mixed" and not by_policy:
+        model.autocast_dtype = precision.compute_dtype
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,298 @@
+"""Pretrain a Llama on a packed-token dataset.
+
+    torchrun --nproc-per-node 2 -m recipes.pretrain --config tiny --data.url DATASET --run NAME
+    python -m recipes.pretrain --config tiny --data.url DATASET      # one rank, no torchrun
+    leyden train pretrain --config tiny --data.url DATASET --nproc 2
+
+The same command again goes on from the newest valid checkpoint of runs/NAME; it may change the
+number of ranks, the strategy, max_steps, and how often to log, validate and save. Reads top to
+bottom: Config, the module, run(), main(). Copy it to start a recipe of your own.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+
+from dist.activation import ActivationCheckpointing, checkpoint_blocks
+from dist.config import parse_config
+from dist.dataset import open_dataset
+from dist.errors import ConfigError, run_main
+from dist.initialise import materialise
+from dist.lightning_plugins import (
+    Checkpoints,
+    RunRecorder,
+    StopFlag,
+    StopRun,
+    quiet_lightning,
+    take_over,
+)
+from dist.loader import Batch, LoaderPlan, training_loader, validation_loader
+from dist.loss import loss_scale
+from dist.mesh import (
+    PeerFailed,
+    choose_device,
+    on_rank_zero,
+    share_cores,
+    start_process_group,
+    stop_process_group,
+)
+from dist.optim import OptimConfig, adamw, cosine_lr
+from dist.order import OrderState, num_micro_batches
+from dist.precision import Precision, PrecisionName, decide_precision
+from dist.ranks import Ranks
+from dist.run_dir import RunDir
+from dist.sharding import StrategyName, clip_grad_norm, shard_fsdp
+from dist.start import DataConfig, failure_recorded, start_run, summary_line
+from dist.strategies import LeydenEnvironment, make_strategy
+from recipes import llama
+
+# What a run may change when it goes on; anything else would make it another run. A dataset may
+# move: its digest decides.
+MAY_CHANGE = (
+    "data.url", "data.verify", "parallel", "activation_checkpointing", "micro_batch", "max_steps",
+    "val_every_steps", "val_rows", "save_every_steps", "log_every_steps", "keep", "run", "run_root",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks share the work."""
+
+    strategy: StrategyName = "fsdp"
+    """ddp: each rank holds all; fsdp: parameters, gradients and optimizer state are sharded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a pretraining run is made of."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The dataset."""
+    model: llama.ModelConfig = field(default_factory=llama.ModelConfig)
+    """The model; its vocabulary and sequence length are the dataset's."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Sharding."""
+    precision: PrecisionName = "auto"
+    """auto (by hardware), fp32, or bf16-mixed; parameters and reductions stay fp32."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """full: recompute each block in backward, for memory."""
+    global_batch: int = 32
+    """Rows of one optimizer step over all ranks."""
+    micro_batch: int = 8
+    """Rows that one rank computes at once."""
+    max_steps: int = 1000
+    """Optimizer steps in all, earlier attempts included."""
+    val_every_steps: int = 0
+    """Steps between validations; 0: only at the end."""
+    val_rows: int = 0
+    """Rows of the validation split to use; 0: all."""
+    save_every_steps: int = 100
+    """Steps between checkpoints; 0: only at the end and when stopped."""
+    log_every_steps: int = 10
+    """Steps between lines of metrics.jsonl."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    seed: int = 0
+    """Seeds the first weights and the order of the data."""
+    run: str = ""
+    """Name of the run (a folder in run_root), or the path of its folder."""
+    run_root: str = "runs"
+    """Where runs lie."""
+
+
+class Pretrain(LightningModule):
+    """The model as Lightning sees it; what is sharded and saved is `net`."""
+
+    def __init__(self, config: Config, schema: dict[str, Any], precision: Precision) -> None:
+        super().__init__()
+        self.config, self.schema, self.precision = config, schema, precision
+        self.grad_norm: Any = 0.0
+        self.validation: tuple[float | None, int] = (None, 0)
+        self.net: Any = None
+        """The root module that is sharded and saved; made in configure_model."""
+
+    def configure_model(self) -> None:
+        if self.net is not None:
+            return
+        net = llama.build(self.config.model, self.schema)
+        checkpoint_blocks(llama.blocks(net), self.config.activation_checkpointing)
+        sharded = self.config.parallel.strategy == "fsdp"
+        if sharded:
+            shard_fsdp(net, llama.blocks(net), self.device_mesh, self.precision)
+        llama.set_precision(net, self.precision, by_policy=sharded)
+        device = self.trainer.strategy.root_device
+        materialise(net, device, self.config.seed, self.config.model.init_std)
+        self.net = net
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
+        loss_sum = self.net(batch)
+        scale = loss_scale(batch.step_targets, self.trainer.world_size, batch.num_micro)
+        return {"loss": loss_sum * scale, "loss_sum": loss_sum.detach()}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.grad_norm = clip_grad_norm(self.net.parameters(), self.config.optim.clip_norm)
+
+    def on_validation_epoch_start(self) -> None:
+        # Sums over this rank's rows: loss, valid targets.
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._sums += torch.stack((self.net(batch).double(), batch.valid.sum().double()))
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(self._sums)
+        loss, targets = self._sums.tolist()
+        self.validation = (loss / max(targets, 1.0), int(targets))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = adamw(self.net.named_parameters(), self.config.optim)
+        factor = cosine_lr(self.config.optim, self.config.max_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        by_step = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": by_step}
+
+
+def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
+    """Train on this rank of the world; returns the exit code."""
+    quiet_lightning()
+    device = choose_device(ranks)
+    share_cores(ranks, device)
+    start_process_group(ranks, device)
+    stop = StopFlag()
+    stop.install()
+    name = config.run or f"pretrain-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(name) if "/" in name else Path(config.run_root) / name
+    run = on_rank_zero(lambda: RunDir.open(folder))
+    start = on_rank_zero(
+        lambda: start_run(run, config, recipe="pretrain", may_change=MAY_CHANGE, stack=stack)
+    )
+    if start.outcome is not None:
+        if ranks.is_first:
+            print(f"{run.path} is done: {summary_line(start.outcome)}")
+        return 0
+    with failure_recorded(run, start.attempt, ranks):
+        # Data: from the sample where the run stands.
+        dataset = open_dataset(start.data)
+        schema = dataset.manifest.schema
+        state = OrderState(
+            data_digest=dataset.data_digest, seed=config.seed, batch=config.global_batch
+        )
+        if start.record is not None:
+            state = OrderState.from_dict(start.record["order"])
+        plan = LoaderPlan(
+            batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            start_step=state.step,
+            start_t=state.t,
+            end_step=config.max_steps,
+        )
+        loader = training_loader(dataset, config.seed, plan, run.path, stack, stop)
+        validation = validation_loader(dataset, plan, config.val_rows, run.path, stack)
+        # Model and trainer.
+        precision = on_rank_zero(lambda: decide_precision(config.precision, device))
+        module = Pretrain(config, schema, precision)
+        recorder = RunRecorder(
+            run,
+            state,
+            loader,
+            attempt=start.attempt,
+            seq_len=schema["seq_len"],
+            log_every_steps=config.log_every_steps,
+            max_steps=config.max_steps,
+        )
+        checkpoints = Checkpoints(
+            run,
+            recorder,
+            record={"config": asdict(config), "data": start.data, "seed": config.seed},
+            attempt=start.attempt,
+            save_every_steps=config.save_every_steps,
+            max_steps=config.max_steps,
+            keep=config.keep,
+            resume_from=(start.checkpoint, start.record) if start.checkpoint else None,
+        )
+        trainer = Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=ranks.local_world_size,
+            num_nodes=ranks.world_size // ranks.local_world_size,
+            strategy=make_strategy(config.parallel.strategy),
+            plugins=[LeydenEnvironment(ranks)],
+            callbacks=[recorder, checkpoints],
+            max_steps=config.max_steps,
+            accumulate_grad_batches=num_micro_batches(
+                config.global_batch, ranks.world_size, config.micro_batch
+            ),
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            inference_mode=False,  # FSDP2 gathers parameters in validation too
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        take_over(trainer, state.step, config.val_every_steps)
+        if ranks.is_first:
+            at = f", from step {state.step} ({start.checkpoint.name})" if start.checkpoint else ""
+            where = f"{config.parallel.strategy} on {ranks.world_size} ranks, {device.type}"
+            print(f"run {run.path}{at}: {where}, {precision}", file=sys.stderr)
+        started = time.monotonic()
+        try:
+            trainer.fit(module, loader, validation)
+        except StopRun:
+            pass
+        facts = {
+            **recorder.facts(module),
+            "seconds": time.monotonic() - started,
+            "ranks": ranks.world_size,
+            "strategy": config.parallel.strategy,
+            "precision": str(precision),
+            "data": start.data,
+        }
+        completed = facts["step"] >= config.max_steps
+        if ranks.is_first:
+            status = "completed" if completed else "stopped"
+            run.write_outcome(start.attempt, status, **facts)
+            print(f"{run.path}: {status}: {summary_line(facts)}")
+        return 0 if completed else stop.exit_code
+
+
+def main() -> int:
+    """Parse the command line and train; only rank 0 reports what is wrong for all."""
+    ranks = Ranks.from_environment()
+    try:
+        config = parse_config(
+            Config,
+            [word for word in sys.argv[1:] if word != "--"],
+            prog="python -m recipes.pretrain",
+            description="Pretrain a Llama on a packed-token dataset.",
+            configs=Path(__file__).parent / "configs",
+            prefix="pretrain_",
+        )
+    except ConfigError as error:
+        if ranks.is_first:
+            raise
+        return error.exit_code
+    try:
+        with ExitStack() as stack:
+            code = run(config, ranks, stack)
+        stop_process_group()
+    except PeerFailed as error:
+        return error.exit_code
+    return code
+
+
+if __name__ == "__main__":
+    run_main(main)

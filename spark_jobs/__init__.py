@@ -1,0 +1,1 @@
+"""Spark jobs: raw data in, verified shards out. One file per job; never torch."""

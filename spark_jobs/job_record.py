@@ -1,0 +1,80 @@
+"""What a job was made of: its identity, for reruns, and its provenance, for people."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from dist.errors import ConfigError
+from dist.manifest import digest_of
+from spark_jobs.sources import InputFile
+
+_LIBRARIES = ("pyspark", "pyarrow", "numpy", "tokenizers", "kitoken", "xxhash", "fsspec")
+
+
+def job_digest(
+    job: str,
+    transform_version: int,
+    files: Sequence[InputFile],
+    semantic: dict[str, Any],
+) -> str:
+    """Identity of a job: inputs as they are now, and all that decides the output's bytes."""
+    inputs = [[file.url, file.path, file.size, file.stamp, file.format] for file in files]
+    record = {"job": job, "version": transform_version, "inputs": inputs, "config": semantic}
+    return digest_of(record)
+
+
+def read_tokenizer(given: str) -> bytes:
+    """Bytes of a tokenizer.json named by its file, its folder or a URL of either."""
+    tried = [given] if given.endswith(".json") else [given.rstrip("/") + "/tokenizer.json", given]
+    for url in tried:
+        try:
+            with fsspec.open(url, "rb") as file:
+                return bytes(file.read())
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            continue
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"tokenizer {given}: {error}") from None
+    raise ConfigError(
+        f"no tokenizer at {given!r}; pass a tokenizer.json or its folder, or make one with "
+        "`leyden prep train-tokenizer`"
+    )
+
+
+def code_version() -> str:
+    """Commit of the code's git checkout, '+' if files differ from it; '' outside of git."""
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, timeout=10)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if commit.returncode != 0:
+        return ""
+    return commit.stdout.decode().strip() + ("+" if changed.stdout.strip() else "")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a job's output may depend on."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def utc(seconds: float) -> str:
+    """A moment as ISO 8601 in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,0 +1,217 @@
+"""dist/loader.py: which rows, which targets, on any number of ranks, and how it fails."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed
+
+from dist.dataset import Dataset, open_dataset
+from dist.errors import DataRefused
+from dist.loader import (
+    Agreement,
+    Batch,
+    LoaderPlan,
+    TokenLoader,
+    document_layout,
+    planned_shards,
+)
+from dist.mesh import PeerFailed, host_group
+from dist.order import Order, SequentialOrder
+from dist.verify import ShardVerifier
+from tests.make_dataset import flip_byte, write_dataset
+from tests.run_ranks import run_ranks
+
+SEQ_LEN = 16
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_dataset(tmp_path_factory.mktemp("data"), seq_len=SEQ_LEN, with_tokenizer=False)
+
+
+def make_loader(dataset: Dataset, plan: LoaderPlan, split: str = "train") -> TokenLoader:
+    table = dataset.split(split)
+    order = Order(table.num_rows, 3) if split == "train" else SequentialOrder(table.num_rows)
+    return TokenLoader(dataset, table, order, plan)
+
+
+def rows_of(batches: list[Batch]) -> list[int]:
+    return [row for batch in batches for row in batch.rows.tolist() if row >= 0]
+
+
+def test_document_layout_equals_a_loop_over_tokens() -> None:
+    """An off-by-one at a document's or a row's border would train across documents."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        seq_len = int(rng.integers(1, 12))
+        rows = []
+        for _ in range(int(rng.integers(1, 5))):
+            left, pieces = seq_len + 1, []
+            while left and rng.random() < 0.8:
+                pieces.append(int(rng.integers(1, left + 1)))
+                left -= pieces[-1]
+            rows.append(pieces)
+        flat = np.array([n for pieces in rows for n in pieces], np.int32)
+        splits = np.cumsum([0, *map(len, rows)])
+        layout = document_layout(flat, splits, seq_len)
+        borders = {0}
+        for i, pieces in enumerate(rows):
+            doc = [d for d, n in enumerate(pieces) for _ in range(n)]
+            doc += [len(pieces)] * (seq_len + 1 - len(doc))
+            position = [doc[:j].count(doc[j]) for j in range(seq_len)]
+            valid = [doc[j] == doc[j + 1] < len(pieces) for j in range(seq_len)]
+            borders |= {i * seq_len + j for j in range(seq_len) if j == 0 or doc[j] != doc[j - 1]}
+            assert layout.doc_ids[i].tolist() == doc[:-1]
+            assert layout.position_ids[i].tolist() == position
+            assert layout.valid[i].tolist() == valid
+        borders.add(len(rows) * seq_len)
+        assert layout.cu_seqlens.tolist() == sorted(borders)
+        assert layout.max_len == np.diff(sorted(borders)).max()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch", [1, 4, 7])
+def test_any_world_size_reads_the_same_step(dataset: Dataset, world_size: int, batch: int) -> None:
+    """A dropped tail row on the last rank, or ranks with unequal numbers of micro-batches (a
+    hang in training), would show here."""
+    order = Order(dataset.split("train").num_rows, 3)
+    steps: dict[int, list[int]] = {}
+    counts = []
+    for rank in range(world_size):
+        plan = LoaderPlan(batch=batch, micro_batch=2, rank=rank, world_size=world_size, end_step=4)
+        with make_loader(dataset, plan) as loader:
+            batches = list(loader)
+        assert len(batches) == len(loader)
+        counts.append([(b.step, b.micro, b.num_micro, b.t0, b.t1) for b in batches])
+        for b in batches:
+            steps.setdefault(b.step, []).extend(rows_of([b]))
+    assert all(count == counts[0] for count in counts)
+    for step in range(4):
+        expected = order.rows(step * batch, (step + 1) * batch)[1].tolist()
+        assert steps[step] == expected
+
+
+def test_validation_reads_every_row_and_target_once(dataset: Dataset) -> None:
+    """A short last batch that is dropped or repeated would bias the validation loss."""
+    table = dataset.split("validation")
+    rows, targets = [], 0
+    for rank in range(3):
+        plan = LoaderPlan(batch=8, micro_batch=2, rank=rank, world_size=3, end_t=table.num_rows)
+        with make_loader(dataset, plan, "validation") as loader:
+            for _ in range(2):  # a second pass must be equal to the first
+                batches = list(loader)
+                assert len(batches) == len(loader)
+        rows += rows_of(batches)
+        targets += sum(int(b.valid.sum()) for b in batches)
+    assert sorted(rows) == list(range(table.num_rows))
+    assert targets == dataset.manifest.totals["validation"]["targets"]
+
+
+def test_starting_late_gives_what_an_early_start_would(dataset: Dataset) -> None:
+    """A resumed run that repeats or skips a sample would show here."""
+    with make_loader(dataset, LoaderPlan(batch=5, micro_batch=2, end_step=9)) as whole:
+        early = [b for b in whole if b.step >= 6]
+    plan = LoaderPlan(batch=5, micro_batch=2, start_step=6, start_t=30, end_step=9)
+    with make_loader(dataset, plan) as late:
+        batches = list(late)
+        assert len(late) == len(whole)  # Lightning counts from the run's beginning
+    assert [(b.step, b.micro, b.t0) for b in batches] == [(b.step, b.micro, b.t0) for b in early]
+    for ours, theirs in zip(batches, early, strict=True):
+        assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.rows, theirs.rows)
+
+
+def test_padding_rows_weigh_nothing(dataset: Dataset) -> None:
+    """7 rows on 2 ranks in micro-batches of 2: the padded row must hold no valid target."""
+    plan = LoaderPlan(batch=7, micro_batch=2, rank=0, world_size=2, end_step=1)
+    with make_loader(dataset, plan) as loader:
+        last = list(loader)[-1]
+    padding = last.rows == -1
+    assert padding.any() and not last.valid[padding].any()
+    assert last.tokens.dtype == torch.uint16
+
+
+def test_a_flipped_byte_is_never_delivered(tmp_path: Path) -> None:
+    """Damage must surface in the consumer as DataRefused, before a row of the shard."""
+    dataset = write_dataset(tmp_path / "d", seq_len=SEQ_LEN, num_train_shards=1)
+    table = dataset.split("train")
+    flip_byte(dataset.shard_path(table.shards[0]), 1000)
+    verifier = ShardVerifier(dataset, table, tmp_path / "stamps")
+    plan = LoaderPlan(batch=2, micro_batch=2, end_step=3)
+    order = Order(table.num_rows, 0)
+    with (
+        TokenLoader(dataset, table, order, plan, verifier=verifier) as loader,
+        pytest.raises(DataRefused, match=table.shards[0].xxh3_128),
+    ):
+        next(iter(loader))
+
+
+def test_leaving_early_ends_the_thread(dataset: Dataset) -> None:
+    """A consumer that breaks off must not leave a thread waiting for room."""
+    loader = make_loader(dataset, LoaderPlan(batch=4, micro_batch=2))
+    iterator = iter(loader)
+    next(iterator)
+    assert any(thread.name == "gather" for thread in threading.enumerate())
+    loader.close()
+    assert not any(thread.name == "gather" for thread in threading.enumerate())
+    assert list(iterator) == []
+
+
+def test_a_stop_request_ends_after_an_agreed_step(dataset: Dataset) -> None:
+    """The step that all ranks stop after is in the data, so that none goes on alone."""
+    table = dataset.split("train")
+    asked = iter([False, False, True])
+    loader = TokenLoader(
+        dataset, table, Order(table.num_rows, 0), LoaderPlan(batch=2, micro_batch=1),
+        agree=Agreement(None), stop_requested=lambda: next(asked),
+    )  # fmt: skip
+    with loader:
+        found = [(b.step, b.stop) for b in loader]
+    assert found == [(0, False), (0, False), (1, False), (1, False), (2, True), (2, True)]
+
+
+def test_planned_shards_lists_each_once_in_order_of_use(dataset: Dataset) -> None:
+    """Verification ahead of use is worthless in another order."""
+    table = dataset.split("train")
+    order = Order(table.num_rows, 3)
+    planned = planned_shards(table, order, 10, 6)
+    first = table.locate(order.rows(10, 11)[1])[0][0]
+    assert planned[0] == first and sorted(planned) == list(range(len(table.shards)))
+
+
+def agree_on_ranks(root: str) -> tuple[list[tuple[int, int, bool]], int, str]:
+    """Run one loader a rank; rank 1 asks to stop at its third step."""
+    dataset = open_dataset(root)
+    table = dataset.split("train")
+    rank = torch.distributed.get_rank()
+    calls = iter(range(100))
+    plan = LoaderPlan(batch=6, micro_batch=2, rank=rank, world_size=2)
+    agree = Agreement(host_group())
+    loader = TokenLoader(
+        dataset, table, Order(table.num_rows, 0), plan, agree=agree,
+        stop_requested=lambda: next(calls) == 2 and rank == 1,
+    )  # fmt: skip
+    with loader:
+        batches = list(loader)
+    seen = [(b.step, b.step_targets, b.stop) for b in batches if b.ends_step]
+    # Then rank 1 fails: the other must hear of it and not wait for ever.
+    failure = DataRefused("damaged") if rank == 1 else None
+    try:
+        agree.step(1, False, failure)
+        heard = ""
+    except PeerFailed as error:
+        heard = f"{error.exit_code}: {error}"
+    return seen, sum(int(b.valid.sum()) for b in batches), heard
+
+
+def test_ranks_agree_on_targets_stop_and_failure(dataset: Dataset) -> None:
+    """Each rank normalising by its own targets, or stopping alone, would show here."""
+    zero, one = run_ranks(agree_on_ranks, 2, 240, dataset.storage.url)
+    assert zero[0] == one[0]
+    assert [(step, stop) for step, _, stop in zero[0]] == [(0, False), (1, False), (2, True)]
+    assert sum(targets for _, targets, _ in zero[0]) == zero[1] + one[1]
+    assert one[2] == "" and zero[2].startswith("3: ")
