@@ -121,19 +121,26 @@ def document_layout(
     last = np.cumsum(per_row) - 1
     number = np.arange(len(lens)) - np.repeat(last + 1 - per_row, per_row)
     ends = np.cumsum(lens)
-    doc = np.repeat(number, lens).reshape(num_rows, width)
-    position = np.arange(num_rows * width) - np.repeat(ends - lens, lens)
     real = np.ones(len(lens), bool)
     real[last] = False
-    counts = np.repeat(real, lens).reshape(num_rows, width)
+    # Flat arrays of num_rows * width tokens; a piece's last token has no target in the piece.
+    doc = np.repeat(number.astype(np.int32), lens)
+    position = np.arange(num_rows * width, dtype=np.int32)
+    position -= np.repeat((ends - lens).astype(np.int32), lens)
+    valid = np.repeat(real, lens)
+    valid[ends[lens > 0] - 1] = False
     # A row's last token is a target only; its piece is one shorter as an input.
     row_of = np.repeat(np.arange(num_rows), per_row)
     input_ends = np.minimum(ends - row_of * width, seq_len) + row_of * seq_len
     borders = np.unique(np.concatenate(([0], input_ends)))
+
+    def inputs(flat: NDArray[Any]) -> NDArray[Any]:
+        return np.ascontiguousarray(flat.reshape(num_rows, width)[:, :-1])
+
     return Layout(
-        doc_ids=doc[:, :-1].astype(np.int32),
-        position_ids=position.reshape(num_rows, width)[:, :-1].astype(np.int32),
-        valid=(doc[:, :-1] == doc[:, 1:]) & counts[:, 1:],
+        doc_ids=inputs(doc),
+        position_ids=inputs(position),
+        valid=inputs(valid),
         cu_seqlens=borders.astype(np.int32),
         max_len=int(np.diff(borders).max(initial=0)),
     )

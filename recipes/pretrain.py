@@ -1,9 +1,10 @@
 """Pretrain a Llama on a packed-token dataset.
 
-    torchrun --nproc-per-node 2 -m recipes.pretrain --config tiny --data.url DATASET --run NAME
-    python -m recipes.pretrain --config tiny --data.url DATASET      # one rank, no torchrun
-    leyden train pretrain --config tiny --data.url DATASET --nproc 2
+    leyden train pretrain --config tiny --data.url DATASET --run NAME --nproc 2
+    python -m recipes.pretrain --config tiny --data.url DATASET --run NAME    # one rank
+    torchrun --standalone --nproc-per-node 2 -m recipes.pretrain -- --config tiny ...
 
+(Without `--` torchrun takes `--run` for a short form of its own --run-path.)
 The same command again goes on from the newest valid checkpoint of runs/NAME; it may change the
 number of ranks, the strategy, max_steps, and how often to log, validate and save. Reads top to
 bottom: Config, the module, run(), main(). Copy it to start a recipe of your own.

@@ -160,4 +160,4 @@ def summarise(
         f"start; tokenizer engine: {facts['engine_reason']}"
     )
     print(f"dataset: {storage.url}@{manifest.data_digest}")
-    print(f"next: leyden data verify {storage.url}, then leyden train pretrain --data.url ...")
+    print(f"next: leyden train pretrain --config tiny --data.url {storage.url}")

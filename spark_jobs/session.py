@@ -176,6 +176,9 @@ def _settings(master: str, folder: Path) -> dict[str, str]:
         "spark.sql.catalogImplementation": "in-memory",
         "spark.pyspark.python": sys.executable,
         "spark.python.worker.reuse": "true",
+        # Workers take our code from the zip that was shipped, as it was when the job started,
+        # and not from a folder `dist` where the user happens to stand.
+        "spark.executorEnv.PYTHONSAFEPATH": "1",
         # The plans are fixed (repartitionById); re-planning could only merge partitions.
         "spark.sql.adaptive.enabled": "false",
         "spark.sql.execution.arrow.pyspark.enabled": "true",

@@ -135,9 +135,13 @@ def test_validation_and_saves_follow_optimizer_steps_across_resume(
     url, folder = dataset.storage.url, tmp_path / "run"
     cadence = {"val_every_steps": 2, "save_every_steps": 3, "keep": 9, "val_rows": 4}
     # 4 micro-batches a step, then 1.
-    assert run_ranks(call, 1, 240, url, folder, {**cadence, "micro_batch": 2, "max_steps": 5}) == [0]
+    assert run_ranks(call, 1, 240, url, folder, {**cadence, "micro_batch": 2, "max_steps": 5}) == [
+        0
+    ]
     assert validation_steps(folder) == [2, 4, 5]
-    assert run_ranks(call, 1, 240, url, folder, {**cadence, "micro_batch": 8, "max_steps": 9}) == [0]
+    assert run_ranks(call, 1, 240, url, folder, {**cadence, "micro_batch": 8, "max_steps": 9}) == [
+        0
+    ]
     assert validation_steps(folder) == [2, 4, 5, 6, 8, 9]
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved == ["step-3-a0", "step-5-a0", "step-6-a1", "step-9-a1"]
