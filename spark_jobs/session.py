@@ -8,6 +8,7 @@ SIGTERM; both end the JVM and its Python workers and leave no scratch files.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -73,6 +74,10 @@ def spark_session(master: str, app_name: str, *, scratch: str = "") -> Iterator[
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
+    # py4j reports a Ctrl-C in the middle of a call, with a traceback, through the root logger,
+    # which without a handler prints it.
+    silence = logging.NullHandler()
+    logging.root.addHandler(silence)
     folder = _scratch_folder(scratch)
     spark = None
     try:
@@ -101,6 +106,7 @@ def spark_session(master: str, app_name: str, *, scratch: str = "") -> Iterator[
         # On Ctrl-C there is no stop(): the connection to the JVM is in use by the action.
         _end_jvm()
         shutil.rmtree(folder, ignore_errors=True)
+        logging.root.removeHandler(silence)
 
 
 def run_with_progress(

@@ -44,8 +44,11 @@ def test_rows_are_read_without_leyden(reader: str, dataset: Dataset, tmp_path: P
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(path), str(tmp_path)],
-        cwd=tmp_path, capture_output=True, text=True, env={"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     shard = PackedShard(path)
     assert done.stdout.strip() == str(shard.tokens(0, shard.num_rows).tolist())
