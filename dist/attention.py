@@ -44,10 +44,18 @@ def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def packed_info(
-    doc_ids: Tensor, cu_seqlens: Tensor | None, max_len: int, dtype: torch.dtype
+    doc_ids: Tensor,
+    cu_seqlens: Tensor | None,
+    max_len: int,
+    dtype: torch.dtype,
+    dropout: float = 0.0,
 ) -> Packed:
-    """What attention needs of a micro-batch. doc_ids: (batch, seq), equal within a document."""
-    if cu_seqlens is not None and attention_kernel(doc_ids.device, dtype) == "varlen":
+    """What attention needs of a micro-batch. doc_ids: (batch, seq), equal within a document.
+
+    With dropout always a mask: the varlen kernels have none, and would leave it out in silence.
+    """
+    varlen = dropout == 0.0 and attention_kernel(doc_ids.device, dtype) == "varlen"
+    if cu_seqlens is not None and varlen:
         return Packed(cu_seqlens=cu_seqlens, max_len=max_len)
     return Packed(mask=block_mask(doc_ids))
 
@@ -76,6 +84,8 @@ def packed_attention(
         raise ValueError("packed attention needs the keyword `packed`: pass it to the model")
     groups = query.shape[1] // key.shape[1]
     if packed.cu_seqlens is not None:
+        if dropout > 0.0:
+            raise ValueError("varlen kernels have no dropout: pass it to packed_info too")
         return _varlen_attention(query, key, value, packed, scaling, groups), None
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))

@@ -1,23 +1,17 @@
-"""Checkpoints by torch's distributed checkpoint (DCP), valid only once COMMIT.json is there.
-
-    checkpoints/step-<n>-a<attempt>/
-        __<rank>_*.distcp, .metadata    parameters and optimizer state, one file or more a rank
-        state.json                      step, order, scheduler, seeds, data digest, config
-        COMMIT.json                     every file's size and SHA-256; written last, atomically
+"""Checkpoints by torch's distributed checkpoint (DCP), written in the background.
 
 Tensors are keyed by parameter name, so a checkpoint loads on any number of ranks and under ddp
-as under fsdp.
+as under fsdp. dist/checkpoint_folder.py says what makes a folder a checkpoint.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import hashlib
 import json
-import re
-import shutil
+import threading
+import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,51 +19,196 @@ import torch
 import torch.distributed
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.fsdp import FSDPModule
 
-from dist.errors import ConfigError
-from dist.local_files import write_atomic
-from dist.mesh import on_rank_zero
+from dist.checkpoint_files import HashedFiles
+from dist.checkpoint_folder import (
+    STATE,
+    check_files,
+    checkpoint_name,
+    delete_checkpoint,
+    find_checkpoint,
+    read_record,
+    write_commit,
+)
+from dist.errors import ConfigError, SetupError, describe
+from dist.local_files import sync_folder
+from dist.mesh import host_group
 
-FORMAT_VERSION = 1
-COMMIT = "COMMIT.json"
-STATE = "state.json"
-_NAME = re.compile(r"step-(\d+)-a(\d+)")
+# What callers need of a checkpoint, in one place.
+__all__ = [
+    "CheckpointSaver",
+    "SaveFailed",
+    "check_files",
+    "check_same_run",
+    "checkpoint_name",
+    "find_checkpoint",
+    "load_checkpoint",
+    "read_record",
+    "save_checkpoint",
+]
 
 
-def checkpoint_name(step: int, attempt: int) -> str:
-    return f"step-{step}-a{attempt}"
+class SaveFailed(SetupError):
+    """A checkpoint could not be written; every rank of the save raises it with the same text."""
 
 
 def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]
 ) -> None:
-    """Write a complete checkpoint; all ranks call it. `record` is JSON, the same on all ranks.
+    """Write a complete checkpoint now; all ranks call it. `record` is JSON, the same on all ranks.
 
     Model parameters are saved in fp32 as they are held, each rank its own part.
     """
+    _write(folder, _state(model, optimizer), record, None, None)
+
+
+@dataclass
+class Saved:
+    """How a save ended, the same on all ranks but for the seconds."""
+
+    folder: Path
+    failure: str = ""
+    """Why it failed; '' if the checkpoint is there."""
+    stall_s: float = 0.0
+    """Seconds that training waited for the copies."""
+    write_s: float = 0.0
+    """Seconds until the files were durable, beside training."""
+
+
+class CheckpointSaver:
+    """Writes copies of the tensors in a thread while training goes on, one save at a time.
+
+    All ranks make the same calls in the same order. The thread has a gloo group of its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        # Its buffers (pinned beside a GPU) are kept from save to save.
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=on_gpu,
+            )
+        )
+        self._group = host_group()
+        self._thread: threading.Thread | None = None
+        self._saved: Saved | None = None
+
+    def start(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        record: dict[str, Any],
+        *,
+        validation_loss: float | None = None,
+        then: Callable[[Saved], None] | None = None,
+    ) -> None:
+        """Copy the tensors, then write them in the background; wait() must have been called.
+
+        `then` is called on rank 0's thread when the save has ended, before wait() returns.
+        """
+        if self._thread is not None:
+            raise RuntimeError("wait() for the previous save first")
+        start = time.perf_counter()
+        staged = self._stager.stage(_state(model, optimizer))
+        saved = Saved(folder, stall_s=time.perf_counter() - start)
+        self._saved = saved
+
+        def write() -> None:
+            start = time.perf_counter()
+            try:
+                _write(folder, staged, record, validation_loss, self._group)
+            except Exception as error:
+                saved.failure = str(error) or repr(error)
+            saved.write_s = time.perf_counter() - start
+            if then is not None and _rank_and_world()[0] == 0:
+                then(saved)
+
+        # A daemon: a rank that fails in training must be able to end while a peer hangs.
+        self._thread = threading.Thread(target=write, name=f"save {folder.name}", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_s: float | None = None) -> Saved | None:
+        """Wait until the save is durable or has failed; None if none was started, or at time-out.
+
+        Each save is returned once.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return None
+        self._thread = None
+        return self._saved
+
+
+def _write(
+    folder: Path,
+    state: Any,
+    record: dict[str, Any],
+    validation_loss: float | None,
+    group: torch.distributed.ProcessGroup | None,
+) -> None:
+    """Write, confirm on all ranks, commit on rank 0. Raises SaveFailed on all ranks or none."""
     rank, world_size = _rank_and_world()
-    state = {"model": _model_tensors(model), "optimizer": _optimizer_tensors(model, optimizer)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP warns about its own no_dist default
-        dcp.save(state, checkpoint_id=folder, no_dist=world_size == 1)
-    # Each rank hashes what it wrote, while it is still in the page cache.
-    mine = [path for path in folder.iterdir() if path.name.startswith(f"__{rank}_")]
-    if rank == 0:
-        write_atomic(folder / STATE, json.dumps(record, indent=1, sort_keys=True).encode())
-        mine += [folder / STATE, folder / ".metadata"]
-    files = _hash_files(mine)
-    everyone: list[Any] = [files]
+    files = HashedFiles(folder, makes_folder=rank == 0)
+    failure = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # DCP warns about its own no_dist default
+            dcp.save(
+                state,
+                storage_writer=files.writer(),
+                process_group=group,
+                no_dist=world_size == 1,
+            )
+        if rank == 0:
+            files.write(STATE, json.dumps(record, indent=1, sort_keys=True).encode())
+        sync_folder(folder)
+    except CheckpointException as error:
+        # What every rank reported, DCP has told to all of them.
+        failure = "; ".join(f"rank {r}: {_say(e)}" for r, (e, _) in sorted(error.failures.items()))
+    except Exception as error:
+        failure = f"rank {rank}: {_say(error)}"
+    reports: list[Any] = [(files.written, failure)]
     if world_size > 1:
-        everyone = [None] * world_size
-        torch.distributed.all_gather_object(everyone, files)
+        reports = [None] * world_size
+        torch.distributed.all_gather_object(reports, (files.written, failure), group=group)
+    failures = sorted({failure for _, failure in reports if failure})
+    if rank == 0:
+        try:
+            if not failures:
+                listed = {name: facts for written, _ in reports for name, facts in written.items()}
+                write_commit(folder, listed, validation_loss)
+        except Exception as error:
+            failures = [f"rank 0: {_say(error)}"]
+        if failures and files.made_folder:
+            _give_up(folder)
+    if world_size > 1:
+        box = [failures]
+        torch.distributed.broadcast_object_list(box, src=0, group=group)
+        failures = box[0]
+    if failures:
+        raise SaveFailed(f"{folder.name} could not be saved: {'; '.join(failures)}")
 
-    def commit() -> None:
-        listed = {name: facts for files in everyone for name, facts in files.items()}
-        text = {"format_version": FORMAT_VERSION, "files": listed}
-        write_atomic(folder / COMMIT, json.dumps(text, indent=1, sort_keys=True).encode())
 
-    on_rank_zero(commit)
+def _say(error: BaseException) -> str:
+    said = describe(error) if isinstance(error, Exception) else None
+    return said[0] if said else repr(error)
+
+
+def _give_up(folder: Path) -> None:
+    """Free the space of a failed save; what cannot be deleted now goes at the next start."""
+    try:
+        delete_checkpoint(folder)
+    except OSError:
+        return
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -79,63 +218,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     """
     _, world_size = _rank_and_world()
     _make_optimizer_state(optimizer)
-    state = {"model": _model_tensors(model), "optimizer": _optimizer_tensors(model, optimizer)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Tensors are filled in place: these are the model's and the optimizer's own.
-        dcp.load(state, checkpoint_id=folder, no_dist=world_size == 1)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The JSON record of a checkpoint."""
-    return dict(json.loads((folder / STATE).read_bytes()))
-
-
-def find_checkpoint(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint and, for each newer one passed over, why.
-
-    Newest: the highest step of the highest attempt, as an attempt goes on from what the earlier
-    ones left. Valid: COMMIT.json is there and every file has its size and digest.
-    """
-    passed_over: list[str] = []
-    for folder in _by_age(checkpoints):
-        problem = check_files(folder)
-        if not problem:
-            return folder, passed_over
-        passed_over.append(f"{folder.name}: {problem}")
-    return None, passed_over
-
-
-def check_files(folder: Path) -> str:
-    """What makes a checkpoint invalid, '' if nothing does. Reads every byte."""
-    try:
-        commit = json.loads((folder / COMMIT).read_bytes())
-    except FileNotFoundError:
-        return f"no {COMMIT}, so it was never finished"
-    except ValueError:
-        return f"{COMMIT} is not JSON"
-    if commit.get("format_version") != FORMAT_VERSION:
-        return f"format version {commit.get('format_version')!r}, this Leyden has {FORMAT_VERSION}"
-    for name, facts in commit["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {facts['bytes']}"
-    found = _hash_files(folder / name for name in commit["files"])
-    damaged = [name for name, facts in found.items() if facts != commit["files"][name]]
-    return f"another SHA-256: {', '.join(sorted(damaged))}" if damaged else ""
-
-
-def keep_newest(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` committed checkpoints and whatever is older than them."""
-    committed = 0
-    for folder in _by_age(checkpoints):
-        if committed >= keep:
-            # Without its commit first: a half-deleted checkpoint must not look like one.
-            (folder / COMMIT).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-        committed += (folder / COMMIT).exists()
+        dcp.load(_state(model, optimizer), checkpoint_id=folder, no_dist=world_size == 1)
 
 
 def check_same_run(
@@ -170,23 +256,8 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _by_age(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders, committed or not, newest first."""
-    found = []
-    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
-        if match := _NAME.fullmatch(path.name):
-            found.append(((int(match[2]), int(match[1])), path))
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def _hash_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    def facts(path: Path) -> tuple[str, dict[str, Any]]:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return path.name, {"bytes": path.stat().st_size, "sha256": digest}
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        return dict(pool.map(facts, paths))
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    return {"model": _model_tensors(model), "optimizer": _optimizer_tensors(model, optimizer)}
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -2,15 +2,16 @@
 
 Changed by overriding private hooks (a test fails by name if one moves):
 - its loop broadcasts a SIGTERM flag and waits for it on the host every batch: removed;
-- its signal handlers run collectives: never registered; ours set a flag (StopFlag);
+- its signal handlers run collectives: never registered; ours set a flag (dist.drain);
 - it counts batches where we count optimizer steps: validation is due by step, and a resumed run
-  starts with the counters that an uninterrupted one would have, whatever its accumulation.
+  starts with the counters that an uninterrupted one would have, whatever its accumulation;
+- its options that repeat or cut samples, and its own checkpoints (fit(ckpt_path=...)), are refused
+  by name (check_options).
 """
 
 from __future__ import annotations
 
 import logging
-import signal
 import time
 import warnings
 from contextlib import ExitStack
@@ -20,12 +21,12 @@ import torch
 import torch.distributed
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
 
-from dist.checkpoint import checkpoint_name, keep_newest, load_checkpoint, save_checkpoint
-from dist.errors import EXIT_INTERRUPTED, SetupError
+from dist.drain import end_soon, lost_peer
+from dist.errors import ConfigError, SetupError
 from dist.loader import Batch, TokenLoader
-from dist.mesh import on_rank_zero
 from dist.order import OrderState
 from dist.progress import Progress
 from dist.run_dir import RunDir
@@ -38,39 +39,13 @@ LIGHTNING_HOOKS: tuple[tuple[type, str], ...] = (
     (_TrainingEpochLoop, "reset"),
     (_SignalConnector, "register_signal_handlers"),
     (_SignalConnector, "_sigterm_notifier_fn"),
+    (_CheckpointConnector, "_parse_ckpt_path"),
 )
 
 
 class StopRun(BaseException):
     """Leave the training loop after a checkpoint. Not an Exception: `should_stop` would run a
     whole validation first, and nothing on the way may swallow it."""
-
-
-class StopFlag:
-    """Set by SIGTERM, SIGUSR1 and Ctrl-C; read by the gather thread, agreed on by all ranks."""
-
-    def __init__(self) -> None:
-        self.signum = 0
-        self._since = 0.0
-
-    def __call__(self) -> bool:
-        return self.signum != 0
-
-    def install(self) -> None:
-        """Handle the signals; a second Ctrl-C, 3 s or more after the first, ends at once."""
-        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(signum, self._handle)
-
-    @property
-    def exit_code(self) -> int:
-        return EXIT_INTERRUPTED if self.signum == signal.SIGINT else 75
-
-    def _handle(self, signum: int, _: Any) -> None:
-        # torchrun passes a Ctrl-C on to ranks that the terminal has signalled already.
-        if signum == signal.SIGINT and self.signum and time.monotonic() - self._since > 3.0:
-            raise KeyboardInterrupt
-        if not self.signum:
-            self.signum, self._since = signum, time.monotonic()
 
 
 def quiet_lightning() -> None:
@@ -131,15 +106,50 @@ class _NoSignals(_SignalConnector):
         pass
 
 
+class _NoCheckpointPath(_CheckpointConnector):
+    def _parse_ckpt_path(self, state_fn: Any, ckpt_path: Any, **more: Any) -> Any:
+        # Lightning would also pick up its own `hpc_ckpt_*` files in the working folder.
+        if ckpt_path is not None:
+            raise ConfigError(
+                f"fit(ckpt_path={str(ckpt_path)!r}) would restore Lightning's counters, which do "
+                "not hold where the data stands; give the folder to Checkpoints(resume_from=...) "
+                "and the step and sample of its record to LoaderPlan"
+            )
+        return None
+
+
+def check_options(trainer: Trainer) -> None:
+    """ConfigError naming a Trainer option that would repeat, skip or cut samples.
+
+    Others keep the order of samples: num_sanity_val_steps, limit_val_batches, max_steps.
+    """
+    more_epochs = trainer.max_epochs not in (None, -1, 1)
+    refused = {
+        "fast_dev_run": (trainer.fast_dev_run, "set max_steps"),
+        "overfit_batches": (trainer.overfit_batches, "set max_steps"),
+        "limit_train_batches": (trainer.limit_train_batches != 1.0, "set max_steps"),
+        "max_epochs": (more_epochs, "one pass over our loader is the whole run: set max_steps"),
+        "max_steps=-1": (trainer.max_steps < 0, "set the number of optimizer steps"),
+    }
+    for name, (given, instead) in refused.items():
+        if given:
+            raise ConfigError(
+                f"Trainer({name}) counts micro-batches or epochs of a loader, so a resumed run "
+                f"would repeat or lose samples; {instead} (an epoch is N rows: LoaderPlan.end_t)"
+            )
+
+
 def take_over(trainer: Trainer, start_step: int, val_every_steps: int) -> None:
     """Put our loop and no signal handlers into a Trainer; call it before fit."""
     check_lightning()
+    check_options(trainer)
     trainer.fit_loop.epoch_loop = StepLoop(trainer, start_step, val_every_steps)
     trainer._signal_connector = _NoSignals(trainer)
+    trainer._checkpoint_connector = _NoCheckpointPath(trainer)
 
 
 class RunRecorder(Callback):
-    """consumed.jsonl and metrics.jsonl of a run, its progress bar, and where its data stands.
+    """A run's order.jsonl, consumed.jsonl, metrics.jsonl, progress bar, and where its data stands.
 
     Needs training_step to return {"loss": ..., "loss_sum": local sum}, and keeps the state that
     a checkpoint needs: what was consumed by completed steps, which only the consumer knows.
@@ -174,12 +184,39 @@ class RunRecorder(Callback):
             "params": sum(parameter.numel() for parameter in pl_module.net.parameters()),
         }
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        plan = self._loader.plan
+        if trainer.accumulate_grad_batches != plan.num_micro(plan.batch):
+            raise ConfigError(
+                f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}), but a step "
+                f"of {plan.batch} rows is {plan.num_micro(plan.batch)} micro-batches a rank; pass "
+                "dist.order.num_micro_batches(batch, ranks, micro_batch)"
+            )
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: Any) -> None:
+        # A few rows are no validation.
+        pl_module.validation = (None, 0)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
+            self._run.append("order.jsonl", self._segment(trainer))
             bar = Progress("train", self._max_steps, "steps")
             self._bar = self._exit.enter_context(bar)
             self._bar.set(self.order.step)
         self._window.restart(self._loader.wait_s)
+
+    def _segment(self, trainer: Trainer) -> dict[str, Any]:
+        """From which step and sample on this attempt trains, and how: who saw what, when."""
+        return {
+            "step0": self.order.step,
+            "t0": self.order.t,
+            "batch": self.order.batch,
+            "world_size": trainer.world_size,
+            "accumulation": trainer.accumulate_grad_batches,
+            "attempt": self._attempt,
+            "seed": self.order.seed,
+            "data_digest": self.order.data_digest,
+        }
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -228,7 +265,7 @@ class RunRecorder(Callback):
         window.restart(self._loader.wait_s)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.sanity_checking:
             loss, targets = pl_module.validation
             facts = {"validation_loss": loss, "validation_targets": targets}
             record = {"step": self.order.step, **facts, "attempt": self._attempt}
@@ -250,6 +287,8 @@ class RunRecorder(Callback):
         self._window.paused_at = time.perf_counter()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
+        if lost_peer(exception) is not None:
+            end_soon()  # the callbacks after this one may wait for a save that cannot end
         # With the kind of the exception the bar says "stopped".
         self._exit.__exit__(type(exception), exception, None)
 
@@ -270,72 +309,3 @@ class _Window:
     def restart(self, wait_s: float) -> None:
         self.loss, self.steps, self.tokens = None, 0, 0
         self.since, self.wait_s = time.perf_counter(), wait_s
-
-
-class Checkpoints(Callback):
-    """Loads what a run resumes from, saves by optimizer step, stops where all ranks agreed.
-
-    A save that is due together with a validation comes after it. `record` is JSON that
-    goes with the tensors.
-    """
-
-    def __init__(
-        self, run: RunDir, recorder: RunRecorder, record: dict[str, Any], *,
-        attempt: int, save_every_steps: int, max_steps: int, keep: int, resume_from: Any = None,
-    ) -> None:  # fmt: skip
-        self._run, self._recorder, self._record = run, recorder, record
-        self._attempt, self._keep, self._resume_from = attempt, keep, resume_from
-        self._every, self._max_steps = save_every_steps, max_steps
-        self.saved_step = -1
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if self._resume_from is None:
-            return
-        folder, record = self._resume_from
-        load_checkpoint(folder, pl_module.net, trainer.optimizers[0])
-        for config, state in zip(trainer.lr_scheduler_configs, record["schedulers"], strict=True):
-            config.scheduler.load_state_dict(state)
-            # The schedule is a function of the step: longer runs change it from here on.
-            rates = config.scheduler.get_last_lr()
-            for group, rate in zip(config.scheduler.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        if not batch.ends_step:
-            return
-        step = batch.step + 1
-        if batch.stop and step < self._max_steps:
-            self.save(trainer, pl_module, step)
-            raise StopRun
-        if self._due(step) and not trainer.fit_loop.epoch_loop.validation_due(step):
-            self.save(trainer, pl_module, step)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if self._due(self._recorder.order.step):
-            self.save(trainer, pl_module, self._recorder.order.step)
-
-    def _due(self, step: int) -> bool:
-        return step == self._max_steps or (self._every > 0 and step % self._every == 0)
-
-    def save(self, trainer: Trainer, pl_module: Any, step: int) -> None:
-        """Write a checkpoint now (all ranks) and delete old ones."""
-        if step == self.saved_step:
-            return
-        start = time.perf_counter()
-        folder = self._run.checkpoints / checkpoint_name(step, self._attempt)
-        record = {
-            **self._record,
-            "order": self._recorder.order.to_dict(),
-            "facts": self._recorder.facts(pl_module),
-            "schedulers": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
-            "lightning": {
-                "global_step": trainer.global_step,
-                "accumulate_grad_batches": trainer.accumulate_grad_batches,
-            },
-        }
-        save_checkpoint(folder, pl_module.net, trainer.optimizers[0], record)
-        on_rank_zero(lambda: keep_newest(self._run.checkpoints, self._keep))
-        self.saved_step = step
-        self._recorder._window.since += time.perf_counter() - start

@@ -6,7 +6,8 @@ ones are padded with rows of no document, which weigh nothing.
 
 The thread knows a step's rows ahead, so it also agrees with the other ranks, by one small
 all-reduce a step on a gloo group of its own, on what the step needs: its valid targets, whether
-someone asked to stop, whether someone failed. It runs a few steps ahead of the model.
+someone asked to stop, whether someone failed. They agree on a step while the one before it is
+computed, not earlier: so at most two more steps begin after a request to stop.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist.dataset import Dataset, SplitTable
+from dist.drain import end_soon, lost_peer
 from dist.errors import describe
 from dist.mesh import PeerFailed, host_group
 from dist.order import Order, SequentialOrder, num_micro_batches, rank_span
@@ -247,6 +249,7 @@ class TokenLoader:
                 return
             if isinstance(item, BaseException):
                 raise item
+            channel.begin(item.step)
             yield item
 
     def close(self) -> None:
@@ -266,7 +269,6 @@ class TokenLoader:
     def _run(self, channel: _Channel) -> None:
         try:
             for step, t0, t1 in self.plan.steps():
-                stop = self._stop_requested()
                 failure: BaseException | None = None
                 batches: list[Batch] = []
                 try:
@@ -274,6 +276,10 @@ class TokenLoader:
                 except Exception as error:
                     failure = error
                 targets = sum(int(batch.valid.sum()) for batch in batches)
+                first = step == self.plan.start_step
+                if self._agree is not None and not (first or channel.wait_begun(step - 1)):
+                    return
+                stop = self._stop_requested()
                 if self._agree is not None:
                     targets, stop = self._agree.step(targets, stop, failure)
                 if failure is not None:
@@ -286,6 +292,8 @@ class TokenLoader:
                     break
             channel.put(None)
         except BaseException as error:  # delivered to the consumer, who raises it
+            if lost_peer(error) is not None:
+                end_soon()
             channel.put(error)
 
     def _gather_step(self, step: int, t0: int, t1: int) -> list[Batch]:
@@ -386,6 +394,7 @@ class _Channel:
     def __init__(self, capacity: int) -> None:
         self._items: deque[Any] = deque()
         self._capacity, self._closed = capacity, False
+        self._begun = -1
         self._changed = threading.Condition()
 
     def put(self, item: Any) -> bool:
@@ -407,6 +416,19 @@ class _Channel:
             item = self._items.popleft()
             self._changed.notify_all()
             return item
+
+    def begin(self, step: int) -> None:
+        """The consumer has taken the first micro-batch of a step (or a later one)."""
+        with self._changed:
+            if step > self._begun:
+                self._begun = step
+                self._changed.notify_all()
+
+    def wait_begun(self, step: int) -> bool:
+        """Wait until a step has begun; False if the channel was closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._begun >= step)
+            return not self._closed
 
     def close(self) -> None:
         with self._changed:

@@ -7,7 +7,8 @@ import uuid
 from pathlib import Path
 
 
-def _fsync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -37,7 +38,7 @@ def write_atomic(path: Path | str, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def create_exclusive(path: Path | str, data: bytes) -> bool:
@@ -53,7 +54,7 @@ def create_exclusive(path: Path | str, data: bytes) -> bool:
         return False
     finally:
         temporary.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+    sync_folder(path.parent)
     return True
 
 
@@ -65,7 +66,7 @@ def publish_file(temporary: Path, final: Path) -> None:
     finally:
         os.close(handle)
     os.replace(temporary, final)
-    _fsync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def append_line(path: Path, line: str) -> None:

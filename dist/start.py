@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from dist.checkpoint import check_same_run, find_checkpoint, read_record
 from dist.config import config_digest, to_yaml
 from dist.dataset import open_dataset
+from dist.drain import clear_request, end_soon, lost_peer
 from dist.errors import ConfigError, DataRefused, describe
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
@@ -41,6 +43,10 @@ class Start:
     """The checkpoint's record."""
     outcome: dict[str, Any] | None = None
     """Set if the run is complete already; nothing else is then."""
+    max_steps: int = 0
+    """Optimizer steps in all, earlier attempts included."""
+    end_t: int | None = None
+    """One past the last sample, where epochs were asked for."""
 
 
 def start_run(
@@ -48,14 +54,23 @@ def start_run(
 ) -> Start:
     """Check the dataset, take the run, find the checkpoint to go on from. On rank 0 alone.
 
-    `config` has `data: DataConfig` and `max_steps`. The lease is held until `stack` is left.
+    `config` has `data: DataConfig`, `global_batch`, `max_steps` and `max_epochs`. The lease is
+    held until `stack` is left.
     Raises ConfigError or DataRefused where the run was started with other settings or data.
     """
     if not config.data.url:
         raise ConfigError("data.url is empty; pass --data.url FOLDER (what `leyden prep` wrote)")
+    if config.max_epochs < 0:
+        raise ConfigError(f"max_epochs is {config.max_epochs}; it must be 0 (max_steps) or more")
     dataset = open_dataset(config.data.url)
     dataset.manifest.shards_of("train")
     check_presence(dataset)
+    # max_epochs = E means E * N samples, so its last step may be short.
+    end_t = config.max_epochs * dataset.split("train").num_rows or None
+
+    def finished(step: int, t: int) -> bool:
+        return t >= end_t if end_t else step >= config.max_steps
+
     identity = run.read_run()
     if identity is not None:
         if identity["data_digest"] != dataset.data_digest:
@@ -66,10 +81,15 @@ def start_run(
             )
         check_same_run(identity["config"], asdict(config), may_change, f"the run {run.path}")
     outcome = run.read_outcome()
-    if outcome and outcome["status"] == "completed" and outcome["step"] >= config.max_steps:
+    if (
+        outcome
+        and outcome["status"] == "completed"
+        and finished(outcome["step"], outcome["samples"])
+    ):
         return Start(data=dataset.reference, outcome=outcome)
     attempt = run.new_attempt(to_yaml(config))
     stack.enter_context(run.lease(attempt))
+    clear_request(run.path)
     if identity is None:
         identity = {
             "recipe": recipe,
@@ -87,22 +107,37 @@ def start_run(
     for reason in passed_over:
         print(f"passed over the checkpoint {reason}", file=sys.stderr)
     record = read_record(checkpoint) if checkpoint is not None else None
-    if record is not None and record["order"]["step"] >= config.max_steps:
+    step, t = (record["order"]["step"], record["order"]["t"]) if record is not None else (0, 0)
+    if record is not None and finished(step, t):
         # Killed between the last save and its outcome.
         run.write_outcome(attempt, "completed", **record["facts"])
         return Start(data=dataset.reference, outcome=record["facts"])
-    return Start(data=dataset.reference, attempt=attempt, checkpoint=checkpoint, record=record)
+    max_steps = config.max_steps
+    if end_t is not None:
+        max_steps = step + math.ceil((end_t - t) / config.global_batch)
+    return Start(
+        data=dataset.reference, attempt=attempt, checkpoint=checkpoint, record=record,
+        max_steps=max_steps, end_t=end_t,
+    )  # fmt: skip
 
 
 @contextmanager
 def failure_recorded(run: RunDir, attempt: int, ranks: Ranks) -> Iterator[None]:
-    """Write the outcome of an attempt that ends by an error, which goes on."""
+    """Write the outcome of an attempt that ends by an error, which goes on.
+
+    What a collective raises when another rank is gone becomes a short PeerLost. Threads may be
+    left in collectives that nobody joins, so the process ends in seconds, come what may.
+    """
     try:
         yield
     except Exception as error:
+        end_soon()
+        lost = lost_peer(error)
         if ranks.is_first:
-            message, code = describe(error) or (repr(error), 1)
+            message, code = describe(lost or error) or (repr(error), 1)
             run.write_outcome(attempt, "data_refused" if code == 3 else "failed", error=message)
+        if lost is not None:
+            raise lost from error
         raise
 
 

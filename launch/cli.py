@@ -1,6 +1,7 @@
 """The `leyden` command: plain argparse, nothing heavy imported, the work done in other processes.
 
     leyden quickstart | prep JOB | data inspect|verify REF | train RECIPE
+    leyden eval | generate | export RUN
 
 `leyden --help` must answer in 0.3 s on a login node, so this file and the verbs' files import the
 standard library only, and everything else inside the function that needs it.
@@ -20,6 +21,9 @@ VERBS = {
     "prep": "run a Spark job that turns raw data into shards (prep alone lists the jobs)",
     "data": "look at a dataset, or check every byte of it: data inspect, data verify",
     "train": "run a recipe under torchrun (train alone lists the recipes)",
+    "eval": "loss and perplexity of a trained model, in all and by source",
+    "generate": "text from a trained model: a prompt, a file of prompts, or interactive",
+    "export": "a run's model as a Hugging Face folder, with its lineage and digests",
 }
 EXIT_CODES = (
     "exit codes: 0 done, 1 failed, 2 usage or config, 3 data refused, 4 environment,\n"

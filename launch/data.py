@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist.errors import ConfigError
+from launch import audit
 from launch.cli import nearest
 
 if TYPE_CHECKING:
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 
 ACTIONS = {
     "inspect": "its manifest, schema, splits, counters, origin, and a decoded sample",
-    "verify": "read and hash every byte of it; exit 3 names each damaged shard",
+    "verify": "read and hash every byte of it, or of an exported model; exit 3 names the damage",
+    "who-saw": audit.WHO_SAW,
+    "replay": audit.REPLAY,
 }
 REFERENCE_HELP = "folder or URL of a dataset, or URL@DIGEST (6 or more hex digits) for one version"
 SAMPLE_CHARACTERS = 300
@@ -25,10 +29,12 @@ def help_text() -> str:
     """What `leyden data --help` prints."""
     lines = "\n".join(f"  {name:<9} {what}" for name, what in ACTIONS.items())
     return (
-        f"usage: leyden data ACTION REF\n\nactions:\n{lines}\n\n"
-        f"REF: {REFERENCE_HELP}\n\nexamples:\n"
+        "usage: leyden data inspect|verify REF\n       leyden data who-saw|replay RUN ...\n\n"
+        f"actions:\n{lines}\n\nREF: {REFERENCE_HELP}\nRUN: {audit.RUN_HELP}\n\nexamples:\n"
         "  leyden data inspect data/quickstart/dataset\n"
         "  leyden data verify data/quickstart/dataset@3f9a12c4\n"
+        "  leyden data who-saw quickstart train:17\n"
+        "  leyden data replay quickstart --step 12\n"
     )
 
 
@@ -145,20 +151,34 @@ def inspect(arguments: list[str]) -> int:
 
 
 def verify(arguments: list[str]) -> int:
-    """Hash every byte of a dataset; DataRefused (exit 3) names what is wrong."""
+    """Hash every byte of a dataset or an exported model; DataRefused (exit 3) names the damage."""
     parser = argparse.ArgumentParser(
         prog="leyden data verify",
-        description="Check a dataset: " + ACTIONS["verify"] + ".",
+        description="Check a dataset, or a folder that `leyden export` wrote: "
+        + ACTIONS["verify"]
+        + ".",
         epilog="example: leyden data verify data/quickstart/dataset",
     )
-    parser.add_argument("reference", metavar="REF", help=REFERENCE_HELP)
+    parser.add_argument(
+        "reference", metavar="REF", help=f"{REFERENCE_HELP}; or the folder of an exported model"
+    )
     parser.add_argument(
         "--presence", action="store_true", help="only names, sizes and the tokenizer; fast"
     )
     options = parser.parse_args(arguments)
     from dist.dataset import open_dataset
+    from dist.model_folder import LEYDEN_JSON, check_folder
     from dist.verify import check_presence, verify_full
 
+    folder = Path(options.reference)
+    if (folder / LEYDEN_JSON).is_file() or (folder / "config.json").is_file():
+        model = check_folder(folder)
+        print(
+            f"verified: {model.files} files, {model.bytes / 1e6:,.1f} MB, every byte as exported "
+            f"from step {model.record['step']} of {model.record['run_id']}, trained on "
+            f"{model.record['data_digest']}"
+        )
+        return 0
     dataset = open_dataset(options.reference)
     if options.presence:
         check_presence(dataset)
@@ -182,6 +202,8 @@ def main(arguments: list[str]) -> int:
         return inspect(rest)
     if action == "verify":
         return verify(rest)
+    if action in ("who-saw", "replay"):
+        return (audit.who_saw if action == "who-saw" else audit.replay)(rest)
     raise ConfigError(
         f"{action!r} is not an action of leyden data{nearest(action, list(ACTIONS))} "
         f"(actions: {', '.join(ACTIONS)})"

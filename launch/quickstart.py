@@ -1,8 +1,8 @@
 """`leyden quickstart`: the whole path on real input, by the commands that a user would type.
 
-collect -> tokenizer -> shards -> verify -> train -> baselines -> gate. Every stage is recorded when
-it is complete and commits its output atomically, so that a rerun after any interruption goes on
-with the first stage that is missing.
+collect -> tokenizer -> shards -> verify -> train -> baselines -> export -> sample -> report ->
+gate. Every stage is recorded when it is complete and commits its output atomically, so that a rerun
+after any interruption goes on with the first stage that is missing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from dist.errors import LeydenError, SetupError
 from dist.local_files import write_atomic
-from launch import prep, train
+from launch import export, generate, prep, report, train
 from launch.corpus import write_corpus
 from launch.processes import command_text
 from launch.torchrun import num_gpus
@@ -32,6 +32,8 @@ NUM_SPECIAL_TOKENS = 16
 VALIDATION_FRACTION = 0.01
 SEQ_LEN = 256
 GATE_NATS = 0.5
+SAMPLE_PROMPT = "def "
+SAMPLE_TOKENS = 60
 FREE_MB_NEEDED = 2000
 Result = dict[str, Any]
 
@@ -60,6 +62,10 @@ class Plan:
     @property
     def run(self) -> Path:
         return Path("runs") / self.name
+
+    @property
+    def model(self) -> Path:
+        return self.run / "model"
 
 
 def make_plan(*, smoke: bool, gpus: int) -> Plan:
@@ -122,6 +128,12 @@ def stages(plan: Plan) -> list[Stage]:
         *("train", "pretrain", "--config", "tiny", "--nproc", str(plan.nproc)),
         *("--run", plan.name, "--data.url", str(dataset), *plan.overrides),
     )
+    exporting = ("export", plan.name, "--output", str(plan.model))
+    sampling = (
+        *("generate", str(plan.model), "--prompt", SAMPLE_PROMPT),
+        *("--max_new_tokens", str(SAMPLE_TOKENS), "--temperature", "0.8", "--top_k", "40"),
+    )
+    reporting = ("report", plan.name)
     return [
         Stage(
             name="collect",
@@ -163,7 +175,28 @@ def stages(plan: Plan) -> list[Stage]:
             what="unigram and bigram losses, counted from the same shards",
             output=dataset / "LATEST",
             words=(),
-            run=lambda: _baselines(dataset),
+            run=lambda: _baselines(dataset, plan.run),
+        ),
+        Stage(
+            name="export",
+            what="the model as a Hugging Face folder: safetensors, tokenizer, model card",
+            output=plan.model,
+            words=exporting,
+            run=lambda: _export(exporting, plan.model),
+        ),
+        Stage(
+            name="sample",
+            what="text by this tiny model: it shows that the path works, not what is good text",
+            output=plan.model,
+            words=sampling,
+            run=lambda: _sample(sampling),
+        ),
+        Stage(
+            name="report",
+            what="one HTML file: loss, throughput, attempts, lineage, environment",
+            output=plan.run / "report.html",
+            words=reporting,
+            run=lambda: _report(reporting, plan.run),
         ),
     ]
 
@@ -211,13 +244,40 @@ def _train(words: tuple[str, ...], run: Path) -> Result:
     return outcome
 
 
-def _baselines(root: Path) -> Result:
+def _baselines(root: Path, run: Path) -> Result:
     from dist.baselines import unigram_bigram
     from dist.dataset import open_dataset
     from dist.progress import Progress
 
     with Progress("baselines"):
-        return dict(unigram_bigram(open_dataset(str(root))))
+        losses = dict(unigram_bigram(open_dataset(str(root))))
+    # The run's report draws them beside the loss.
+    write_atomic(run / "baselines.json", (json.dumps(losses, indent=1) + "\n").encode())
+    return losses
+
+
+def _export(words: tuple[str, ...], folder: Path) -> Result:
+    # Exports are never overwritten; this one is ours, of a run that was redone.
+    shutil.rmtree(folder, ignore_errors=True)
+    code = export.main(list(words[1:]))
+    if code:
+        raise StageFailed("export", code)
+    files = [path for path in folder.iterdir() if path.is_file()]
+    return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
+
+
+def _sample(words: tuple[str, ...]) -> Result:
+    code = generate.main(list(words[1:]))
+    if code:
+        raise StageFailed("sample", code)
+    return {"prompt": SAMPLE_PROMPT, "tokens": SAMPLE_TOKENS}
+
+
+def _report(words: tuple[str, ...], run: Path) -> Result:
+    code = report.main(list(words[1:]))
+    if code:
+        raise StageFailed("report", code)
+    return {"bytes": (run / "report.html").stat().st_size}
 
 
 class Record:
@@ -340,6 +400,12 @@ def _came_out(name: str, result: Result) -> str:
         return f"{result['bytes'] / 1e6:.1f} MB hashed, all as the manifest says"
     if name == "train":
         return f"{result['step']:,} steps, {result.get('tokens', 0):,} tokens"
+    if name == "export":
+        return f"{result['files']} files, {result['bytes'] / 1e6:.1f} MB"
+    if name == "sample":
+        return f"up to {result['tokens']} tokens after {result['prompt']!r}, by a tiny model"
+    if name == "report":
+        return f"report.html, {result['bytes'] / 1e3:.0f} kB"
     return f"{result['targets']:,.0f} validation targets"
 
 
@@ -367,15 +433,20 @@ def summary(plan: Plan, verdict: Result) -> str:
         (tokenizer, "tokenizer.json, loads in Hugging Face tokenizers"),
         (dataset, "shards (Arrow files), manifests, provenance"),
         (plan.run, "the run: config, metrics.jsonl, consumed.jsonl, checkpoints, quickstart.json"),
+        (plan.model, "the model: loads in transformers (AutoModelForCausalLM.from_pretrained)"),
+        (plan.run / "report.html", "the run's report: open it in a browser"),
     )
+    width = max(len(str(folder)) for folder, _ in where)
     again = ("train", "pretrain", "--config", "tiny", "--nproc", str(plan.nproc))
     return "\n".join(
         [
             *lines,
             "\nwhat is where",
-            *(f"  {folder!s:<{len(str(tokenizer))}}  {what}" for folder, what in where),
+            *(f"  {folder!s:<{width}}  {what}" for folder, what in where),
             "\nwhat to do next",
             f"  look into the data   {leyden_text(('data', 'inspect', str(dataset)))}",
+            f"  a step's exact batch {leyden_text(('data', 'replay', plan.name, '--step', '9'))}",
+            f"  talk to the model    {leyden_text(('generate', str(plan.model)))}",
             "  train longer         "
             + leyden_text((*again, "--run", "longer", "--data.url", str(dataset)))
             + " --max_steps 2000",

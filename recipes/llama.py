@@ -41,6 +41,10 @@ class ModelConfig:
     """Epsilon of the RMS norms."""
     init_std: float = 0.02
     """Standard deviation of the first weights."""
+    attention_dropout: float = 0.0
+    """Share of attention weights dropped in training."""
+    residual_dropout: float = 0.0
+    """Share of what each attention and MLP adds to the residual stream dropped in training."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
@@ -48,6 +52,11 @@ class ModelConfig:
                 f"model: num_heads {self.num_heads} must divide hidden_size {self.hidden_size} and "
                 f"be a multiple of num_kv_heads {self.num_kv_heads}"
             )
+        for name in ("attention_dropout", "residual_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(
+                    f"model.{name} is {getattr(self, name)}; it must be at least 0 and below 1"
+                )
 
 
 def hf_config(config: ModelConfig, schema: dict[str, Any]) -> Any:
@@ -70,6 +79,7 @@ def hf_config(config: ModelConfig, schema: dict[str, Any]) -> Any:
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.norm_eps,
         initializer_range=config.init_std,
+        attention_dropout=config.attention_dropout,
         use_cache=False,
         attn_implementation=PACKED_ATTENTION,
     )
@@ -85,6 +95,9 @@ class PackedLlama(nn.Module):
         super().__init__()
         register_packed_attention()
         self.model = LlamaForCausalLM(hf_config(config, schema))
+        self._attention_dropout = config.attention_dropout
+        for block in self.model.model.layers:
+            _drop_residual(block, config.residual_dropout)
         self.autocast_dtype: torch.dtype | None = None
 
     def forward(self, batch: Any) -> Tensor:
@@ -92,12 +105,13 @@ class PackedLlama(nn.Module):
         tokens = batch.tokens.long()
         dtype = self.autocast_dtype or self.model.model.embed_tokens.weight.dtype
         autocast = self.autocast_dtype is not None
+        dropout = self._attention_dropout if self.training else 0.0
         with torch.autocast(tokens.device.type, self.autocast_dtype, enabled=autocast):
             hidden = self.model.model(
                 input_ids=tokens[:, :-1],
                 position_ids=batch.position_ids,
                 use_cache=False,
-                packed=packed_info(batch.doc_ids, batch.cu_seqlens, batch.max_len, dtype),
+                packed=packed_info(batch.doc_ids, batch.cu_seqlens, batch.max_len, dtype, dropout),
             ).last_hidden_state
             return summed_loss(
                 hidden.flatten(0, 1),
@@ -105,6 +119,16 @@ class PackedLlama(nn.Module):
                 tokens[:, 1:].flatten(),
                 batch.valid.flatten(),
             )
+
+
+def _drop_residual(block: nn.Module, share: float) -> None:
+    """Dropout on what a block's attention and MLP add; Hugging Face's Llama has none. Parameter
+    names stay, and evaluation, export and generation are not touched."""
+    if share == 0.0:
+        return
+    block.residual_dropout = nn.Dropout(share)
+    for part in (block.self_attn.o_proj, block.mlp.down_proj):
+        part.register_forward_hook(lambda _, __, output: block.residual_dropout(output))
 
 
 def build(config: ModelConfig, schema: dict[str, Any]) -> PackedLlama:

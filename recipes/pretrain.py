@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,13 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 
 from dist.activation import ActivationCheckpointing, checkpoint_blocks
+from dist.checkpoint_callback import Checkpoints
 from dist.config import parse_config
 from dist.dataset import open_dataset
+from dist.drain import StopFlag, die_with_launcher, end_if_peer_lost, stop_requests
 from dist.errors import ConfigError, run_main
 from dist.initialise import materialise
-from dist.lightning_plugins import (
-    Checkpoints,
-    RunRecorder,
-    StopFlag,
-    StopRun,
-    quiet_lightning,
-    take_over,
-)
+from dist.lightning_plugins import RunRecorder, StopRun, quiet_lightning, take_over
 from dist.loader import Batch, LoaderPlan, training_loader, validation_loader
 from dist.loss import loss_scale
 from dist.mesh import (
@@ -48,6 +43,7 @@ from dist.mesh import (
 from dist.optim import OptimConfig, adamw, cosine_lr
 from dist.order import OrderState, num_micro_batches
 from dist.precision import Precision, PrecisionName, decide_precision
+from dist.randomness import seed_micro_batch
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
 from dist.sharding import StrategyName, clip_grad_norm, shard_fsdp
@@ -59,7 +55,8 @@ from recipes import llama
 # move: its digest decides.
 MAY_CHANGE = (
     "data.url", "data.verify", "parallel", "activation_checkpointing", "micro_batch", "max_steps",
-    "val_every_steps", "val_rows", "save_every_steps", "log_every_steps", "keep", "run", "run_root",
+    "max_epochs", "val_every_steps", "val_rows", "save_every_steps", "log_every_steps", "keep",
+    "keep_best", "async_save", "max_failed_saves", "run", "run_root",
 )  # fmt: skip
 
 
@@ -93,6 +90,8 @@ class Config:
     """Rows that one rank computes at once."""
     max_steps: int = 1000
     """Optimizer steps in all, earlier attempts included."""
+    max_epochs: int = 0
+    """Passes over the training rows, instead of max_steps; 0: as max_steps says."""
     val_every_steps: int = 0
     """Steps between validations; 0: only at the end."""
     val_rows: int = 0
@@ -102,9 +101,15 @@ class Config:
     log_every_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     keep: int = 2
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep."""
+    keep_best: int = 0
+    """Checkpoints to keep beside them: those of lowest validation loss."""
+    async_save: bool = True
+    """Write checkpoints while training goes on; the memory of one more copy per rank."""
+    max_failed_saves: int = 3
+    """Failed saves in a row that end the run; fewer are warnings."""
     seed: int = 0
-    """Seeds the first weights and the order of the data."""
+    """Seeds the first weights, the order of the data and dropout."""
     run: str = ""
     """Name of the run (a folder in run_root), or the path of its folder."""
     run_root: str = "runs"
@@ -136,8 +141,12 @@ class Pretrain(LightningModule):
         self.net = net
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
+        # The rank is the data-parallel coordinate: every rank holds other rows.
+        seed_micro_batch(self.config.seed, batch.step, batch.micro, self.global_rank, self.device)
         loss_sum = self.net(batch)
-        scale = loss_scale(batch.step_targets, self.trainer.world_size, batch.num_micro)
+        # Lightning divides by this, also in a last short step of fewer micro-batches.
+        num_micro = self.trainer.accumulate_grad_batches
+        scale = loss_scale(batch.step_targets, self.trainer.world_size, num_micro)
         return {"loss": loss_sum * scale, "loss_sum": loss_sum.detach()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -182,6 +191,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         if ranks.is_first:
             print(f"{run.path} is done: {summary_line(start.outcome)}")
         return 0
+    config = replace(config, max_steps=start.max_steps)  # those of max_epochs, if given
     with failure_recorded(run, start.attempt, ranks):
         # Data: from the sample where the run stands.
         dataset = open_dataset(start.data)
@@ -199,8 +209,10 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             start_step=state.step,
             start_t=state.t,
             end_step=config.max_steps,
+            end_t=start.end_t,
         )
-        loader = training_loader(dataset, config.seed, plan, run.path, stack, stop)
+        requests = stop_requests(stop, run.path, is_first=ranks.is_first)
+        loader = training_loader(dataset, config.seed, plan, run.path, stack, requests)
         validation = validation_loader(dataset, plan, config.val_rows, run.path, stack)
         # Model and trainer.
         precision = on_rank_zero(lambda: decide_precision(config.precision, device))
@@ -219,9 +231,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             recorder,
             record={"config": asdict(config), "data": start.data, "seed": config.seed},
             attempt=start.attempt,
-            save_every_steps=config.save_every_steps,
-            max_steps=config.max_steps,
-            keep=config.keep,
+            config=config,
             resume_from=(start.checkpoint, start.record) if start.checkpoint else None,
         )
         trainer = Trainer(
@@ -272,6 +282,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
 
 def main() -> int:
     """Parse the command line and train; only rank 0 reports what is wrong for all."""
+    die_with_launcher()
     ranks = Ranks.from_environment()
     try:
         config = parse_config(
@@ -292,6 +303,9 @@ def main() -> int:
         stop_process_group()
     except PeerFailed as error:
         return error.exit_code
+    except Exception as error:
+        end_if_peer_lost(error)
+        raise
     return code
 
 

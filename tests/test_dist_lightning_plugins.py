@@ -15,8 +15,9 @@ import torch.distributed
 
 import dist.lightning_plugins
 from dist.dataset import Dataset
+from dist.drain import StopFlag
 from dist.errors import SetupError
-from dist.lightning_plugins import LIGHTNING_HOOKS, StopFlag, check_lightning
+from dist.lightning_plugins import LIGHTNING_HOOKS, check_lightning
 from dist.ranks import Ranks
 from tests.make_dataset import write_dataset
 from tests.run_ranks import run_ranks

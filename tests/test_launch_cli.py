@@ -69,7 +69,7 @@ def test_help_lists_jobs_and_recipes() -> None:
     ("words", "said"),
     [
         (["trian"], "'trian' is not a verb of leyden; did you mean 'train'?"),
-        (["zzz"], "'zzz' is not a verb of leyden (verbs: quickstart, prep, data, train;"),
+        (["zzz"], "'zzz' is not a verb of leyden (verbs: quickstart, prep, data, train,"),
         (["train", "pretrian"], "'pretrian' is not a recipe; did you mean 'pretrain'?"),
         (["prep", "tokenise-text"], "did you mean 'tokenize-text'?"),
         (["data", "verfy", "x"], "'verfy' is not an action of leyden data; did you mean 'verify'?"),

@@ -82,10 +82,15 @@ def test_smoke_then_rerun_then_interrupted(tmp_path: Path) -> None:
     second = subprocess.run(COMMAND, capture_output=True, timeout=500, **options)  # type: ignore[call-overload]
     out = second.stdout
     assert second.returncode == 0, out + second.stderr
-    assert "[1/6] collect: done before" in out
+    assert "[1/9] collect: done before" in out
     for words in ("prep train-tokenizer", "prep tokenize-text", "train pretrain --config tiny"):
         assert f"leyden {words}" in out, "each stage shows the command that does it"
+    for words in ("export quickstart-smoke", "generate runs/quickstart-smoke/model", "report"):
+        assert f"leyden {words}" in out, "each stage shows the command that does it"
     assert "validation loss" in out and "what to do next" in out
+    run = work / "runs/quickstart-smoke"
+    assert "text by this tiny model" in out and (run / "model/model.safetensors").is_file()
+    assert "<svg" in (run / "report.html").read_text()
     for noise in ("WARN ", "wandb:", "UserWarning", "FutureWarning", "Traceback"):
         assert noise not in out + second.stderr, out + second.stderr
     assert processes_in(work) == []
@@ -205,6 +210,9 @@ def test_gate(
         "verify": {"bytes": 10**6, "shards": 2},
         "train": {"step": 3, "tokens": 4, "validation_loss": loss},
         "baselines": {"unigram": 6.5, "bigram": 4.5, "targets": 100.0},
+        "export": {"files": 7, "bytes": 10**6},
+        "sample": {"prompt": "def ", "tokens": 60},
+        "report": {"bytes": 10**5},
     }
     plan = Plan()
     record = Record(plan.data / "stages.json")

@@ -1,0 +1,240 @@
+"""Who saw what: every step at which a row or a source is trained on, and a step's exact batch.
+
+Both come from the order's closed form and the run's segments: no loader, no torch, no log of
+rows. A test holds them against the rows that a real recipe's model received.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from dist.dataset import Dataset, open_dataset
+from dist.errors import ConfigError, DataRefused
+from dist.lineage import RowRef, input_paths, refs_of, rows_of_key
+from dist.order import Order, derive_key, permute_inverse
+from dist.run_dir import RunDir
+from dist.run_history import I64, History, read_config, read_history
+from dist.shard_file import PackedShard
+from dist.tokenizer import TextTokenizer
+
+TRAIN = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sighting:
+    """One time at which a row is trained on."""
+
+    split: str
+    row: int
+    epoch: int
+    t: int
+    step: int
+    rank: int
+    """Data-parallel rank of `world_size`."""
+    world_size: int
+    micro: int
+    index: int
+    """Row of the micro-batch."""
+    attempt: int
+    consumed: bool
+    planned: bool
+    """False for a step after the planned end: it would come if the run were made longer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What who_saw found."""
+
+    data: str
+    key: str
+    rows: list[RowRef]
+    sightings: list[Sighting]
+    """By sample; none for rows that are not of the split `train`."""
+    epochs: int
+    steps_done: int
+    planned_steps: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Part of a document in a row."""
+
+    input: int
+    path: str
+    """Of the input file, as the provenance names it; '' if the provenance is gone."""
+    offset: int
+    tokens: int
+    text: str | None
+    """None without a tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedRow:
+    """A row of a step's batch, with its place and its source documents."""
+
+    t: int
+    epoch: int
+    rank: int
+    micro: int
+    index: int
+    row: int
+    shard: str
+    row_in_shard: int
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """The exact global batch of a step."""
+
+    data: str
+    step: int
+    attempt: int
+    t0: int
+    t1: int
+    world_size: int
+    consumed: bool
+    rows: list[ReplayedRow]
+
+
+def who_saw(
+    run: RunDir, key: str, *, epochs: int | None = None, data: str = "", progress: bool = True
+) -> Answer:
+    """Every (epoch, step, rank, micro-batch) at which what `key` names is trained on.
+
+    key: `SPLIT:ROW`, `SHARD_DIGEST_PREFIX:ROW`, or an input's path, or PATH@OFFSET of a document.
+    epochs: how many to answer for (None: as many as the run consumed or plans). data: where the
+    dataset lies now, if it was moved. Raises ConfigError for a key that names nothing.
+    """
+    dataset = open_run_data(run, data)
+    num_rows = dataset.split(TRAIN).num_rows
+    history = read_history(run, num_rows)
+    rows = rows_of_key(dataset, key, progress=progress)
+    if epochs is None:
+        epochs = max(1, -(-history.end_t // num_rows))
+    numbers = np.array([ref.row for ref in rows if ref.split == TRAIN], np.int64)
+    sightings = sightings_of(history, num_rows, numbers, epochs)
+    return Answer(
+        data=dataset.reference, key=key, rows=rows, sightings=sightings, epochs=epochs,
+        steps_done=history.next_step, planned_steps=history.planned_steps,
+    )  # fmt: skip
+
+
+def sightings_of(history: History, num_rows: int, rows: I64, epochs: int) -> list[Sighting]:
+    """Sightings of train rows (k,) in epochs 0 to `epochs`, by sample; `rows` of `num_rows`."""
+    first = history.segments[0]
+    found = []
+    for epoch in range(epochs):
+        # Order.when for many rows; the order has one source until mixtures come.
+        key = derive_key(first.seed, epoch, 0, "row")
+        t = epoch * num_rows + permute_inverse(rows, num_rows, key)
+        by_time = np.argsort(t)
+        place = history.places(t[by_time])
+        columns = zip(
+            rows[by_time].tolist(), t[by_time].tolist(), place.step.tolist(),
+            place.rank.tolist(), place.world_size.tolist(), place.micro.tolist(),
+            place.index.tolist(), place.attempt.tolist(), strict=True,
+        )  # fmt: skip
+        found += [
+            Sighting(
+                split=TRAIN, row=row, epoch=epoch, t=t_, step=step, rank=rank,
+                world_size=world_size, micro=micro, index=index, attempt=attempt,
+                consumed=step < history.next_step,
+                planned=history.planned_steps is None or step < history.planned_steps,
+            )
+            for row, t_, step, rank, world_size, micro, index, attempt in columns
+        ]  # fmt: skip
+    return found
+
+
+def replay(
+    run: RunDir, step: int, *, rank: int | None = None, data: str = "", text: bool = True
+) -> Replay:
+    """The global batch of a step, or one rank's part of it, read from the shards.
+
+    Raises ConfigError for a step that the run neither consumed nor plans, or another rank.
+    """
+    dataset = open_run_data(run, data)
+    split = dataset.split(TRAIN)
+    history = read_history(run, split.num_rows)
+    if not 0 <= step < history.known_steps:
+        raise ConfigError(
+            f"step {step} is not a step of the run {run.path}: it has steps 0 to "
+            f"{history.known_steps - 1} ({history.next_step} done)"
+        )
+    t0, t1 = history.samples_of(step)
+    segment = history.segment_of(step)
+    if rank is not None and not 0 <= rank < segment.world_size:
+        raise ConfigError(
+            f"rank {rank}: step {step} ran on {segment.world_size} data-parallel ranks, "
+            f"0 to {segment.world_size - 1} (attempt {segment.attempt})"
+        )
+    epoch, numbers = Order(split.num_rows, segment.seed).rows(t0, t1)
+    place = history.places(np.arange(t0, t1))
+    mine = np.flatnonzero(place.rank == rank) if rank is not None else np.arange(t1 - t0)
+    refs = refs_of(split, numbers[mine])
+    pieces = _read_pieces(dataset, refs, text=text)
+    rows = [
+        ReplayedRow(
+            t=t0 + i, epoch=int(epoch[i]), rank=int(place.rank[i]), micro=int(place.micro[i]),
+            index=int(place.index[i]), row=ref.row, shard=ref.shard,
+            row_in_shard=ref.row_in_shard, pieces=cut,
+        )
+        for i, ref, cut in zip(mine.tolist(), refs, pieces, strict=True)
+    ]  # fmt: skip
+    return Replay(
+        data=dataset.reference, step=step, attempt=segment.attempt, t0=t0, t1=t1,
+        world_size=segment.world_size, consumed=step < history.next_step, rows=rows,
+    )  # fmt: skip
+
+
+def open_run_data(run: RunDir, data: str = "") -> Dataset:
+    """The dataset that the run trained on: at `data`, where it was, or where it moved to.
+
+    Raises DataRefused for another version than the run's.
+    """
+    identity = run.read_run()
+    if identity is None:
+        raise ConfigError(f"{run.path} has no run.json: it is not a run, or it never started")
+    digest = identity["data_digest"]
+    moved = str((read_config(run).get("data") or {}).get("url") or "").partition("@")[0]
+    places = [data] if data else [identity["data"].partition("@")[0], *([moved] if moved else [])]
+    for number, url in enumerate(places):
+        try:
+            return open_dataset(f"{url.partition('@')[0]}@{digest}")
+        except (ConfigError, DataRefused) as error:
+            if number == len(places) - 1:
+                raise DataRefused(
+                    f"the data of the run {run.path} cannot be opened: {error}; if it was moved, "
+                    "pass --data FOLDER"
+                ) from None
+    raise AssertionError("unreachable: there is always a place to look")
+
+
+def _read_pieces(dataset: Dataset, refs: list[RowRef], *, text: bool) -> list[list[Piece]]:
+    """Pieces of each row, decoded if asked and if the dataset has its tokenizer."""
+    paths = input_paths(dataset)
+    tokenizer = None
+    if text and dataset.manifest.tokenizer_digest is not None:
+        tokenizer = TextTokenizer(dataset.read_tokenizer())
+    by_name = {shard.name: shard for shard in dataset.manifest.shards}
+    pieces: list[list[Piece]] = [[] for _ in refs]
+    # Shard by shard: one map is open at a time, however many the batch touches.
+    by_shard = sorted(range(len(refs)), key=lambda i: refs[i].shard)
+    for name, numbers in groupby(by_shard, key=lambda i: refs[i].shard):
+        shard = PackedShard(dataset.shard_path(by_name[name]))
+        for number in numbers:
+            row, start = refs[number].row_in_shard, 0
+            tokens = shard.tokens(row, row + 1)[0]
+            for source, offset, length in shard.lineage(row):
+                said = tokenizer.decode(tokens[start : start + length]) if tokenizer else None
+                path = (paths[source][0] or paths[source][1]) if source < len(paths) else ""
+                pieces[number].append(
+                    Piece(input=source, path=path, offset=offset, tokens=length, text=said)
+                )
+                start += length
+        shard.close()
+    return pieces

@@ -1,0 +1,155 @@
+"""Which rows a key names: a row of a split, a row of a shard, or every row of a source file.
+
+A source is found by the lineage columns that each row carries (doc_input, doc_offset), scanned
+in all shards; nothing else is read of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dist.dataset import Dataset, SplitTable
+from dist.errors import ConfigError
+from dist.progress import Progress
+
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRef:
+    """A row of a dataset: by its split, and by its shard's digest."""
+
+    split: str
+    row: int
+    shard: str
+    row_in_shard: int
+
+
+def rows_of_key(dataset: Dataset, key: str, *, progress: bool = True) -> list[RowRef]:
+    """Rows that a key names; see who_saw. A source is looked for in all shards of all splits."""
+    paths = input_paths(dataset)
+    if (number := _input_number(paths, key)) is not None:
+        return rows_of_source(dataset, number, None, progress=progress)
+    if match := re.fullmatch(r"([^:]+):(\d+)", key):
+        name, row = match[1], int(match[2])
+        if name in dataset.manifest.splits():
+            split = dataset.split(name)
+            if row >= split.num_rows:
+                raise ConfigError(f"row {row}: the split {name} has rows 0 to {split.num_rows - 1}")
+            return refs_of(split, np.array([row]))
+        if re.fullmatch(r"[0-9a-f]{4,32}(\.arrow)?", name):
+            return [_row_of_shard(dataset, name.removesuffix(".arrow"), row)]
+    path, at, offset = key.rpartition("@")
+    if at and offset.isdigit() and (number := _input_number(paths, path)) is not None:
+        return rows_of_source(dataset, number, int(offset), progress=progress)
+    close = difflib.get_close_matches(key, [one for pair in paths for one in pair], n=1)
+    raise ConfigError(
+        f"{key!r} names nothing in {dataset.storage.url}"
+        + (f"; did you mean {close[0]!r}? " if close else "; ")
+        + f"pass SPLIT:ROW (splits: {', '.join(dataset.manifest.splits())}), SHARD_DIGEST:ROW, "
+        f"or the path of one of its {len(paths)} inputs, also as PATH@OFFSET"
+    )
+
+
+def input_paths(dataset: Dataset) -> list[tuple[str, str]]:
+    """(path, URL) of each input, as the provenance lists them; [] if the provenance is gone."""
+    record = dataset.read_provenance() or {}
+    listed = record.get("inputs") or []
+    return [
+        (str(item.get("path", "")), str(item.get("url", "")))
+        if isinstance(item, dict)
+        else (str(item), str(item))
+        for item in listed
+    ]
+
+
+def rows_of_source(
+    dataset: Dataset, number: int, offset: int | None, *, progress: bool = True
+) -> list[RowRef]:
+    """Rows that hold a piece of input `number`, or of its document at `offset`."""
+    found: list[RowRef] = []
+    starts: list[NDArray[np.int64]] = []
+    total = sum(shard.bytes for shard in dataset.manifest.shards)
+    with Progress("scan lineage", total / 1e6, "MB", enabled=progress) as bar:
+        for name in dataset.manifest.splits():
+            split = dataset.split(name)
+            for index, shard in enumerate(split.shards):
+                rows, offsets = lineage_hits(dataset.shard_path(shard), number)
+                starts.append(offsets)
+                if offset is not None:
+                    rows = rows[offsets == offset]
+                found += refs_of(split, split.row_start[index] + np.unique(rows))
+                bar.update(shard.bytes / 1e6, f"{len(found):,} rows found")
+    if not found and offset is not None:
+        have = np.unique(np.concatenate(starts))
+        near = have[np.argsort(np.abs(have - offset))[:3]].tolist()
+        raise ConfigError(
+            f"no document of that input starts at {offset}; the nearest that do: "
+            f"{', '.join(map(str, sorted(near))) or 'none, as none of it is in the data'}"
+        )
+    return found
+
+
+def lineage_hits(path: Path, number: int) -> tuple[I64, I64]:
+    """(row, document offset) of each piece of input `number` in a shard, two (k,) arrays.
+
+    Only the lineage columns are read from the map.
+    """
+    rows: list[I64] = []
+    offsets: list[I64] = []
+    start = 0
+    with pa.memory_map(str(path), "r") as source:
+        reader = pa.ipc.open_file(source)
+        for i in range(reader.num_record_batches):
+            batch = reader.get_batch(i)
+            inputs, places = batch.column("doc_input"), batch.column("doc_offset")
+            hits = np.flatnonzero(inputs.values.to_numpy() == number)
+            # Rows without pieces share their border with the next row: the last one owns it.
+            row = np.searchsorted(inputs.offsets.to_numpy(), hits, side="right") - 1
+            rows.append(start + row)
+            offsets.append(places.values.to_numpy()[hits].astype(np.int64))
+            start += batch.num_rows
+            del batch, inputs, places
+    empty = np.empty(0, np.int64)
+    return np.concatenate([empty, *rows]), np.concatenate([empty, *offsets])
+
+
+def _input_number(paths: list[tuple[str, str]], name: str) -> int | None:
+    """Index of the input called `name`: its path, its URL, or an ending of one URL alone."""
+    exact = [i for i, pair in enumerate(paths) if name in pair]
+    found = exact or [i for i, (_, url) in enumerate(paths) if url.endswith(f"/{name}")]
+    if len(found) > 1:
+        urls = ", ".join(paths[i][1] for i in found[:5])
+        raise ConfigError(f"{name!r} names {len(found)} inputs: {urls}; pass the whole path")
+    return found[0] if found else None
+
+
+def _row_of_shard(dataset: Dataset, prefix: str, row: int) -> RowRef:
+    found = [shard for shard in dataset.manifest.shards if shard.name.startswith(prefix)]
+    if len(found) != 1:
+        raise ConfigError(
+            f"{len(found) or 'no'} shards of {dataset.storage.url} start with {prefix}"
+            + (f" ({', '.join(shard.name for shard in found[:3])})" if found else "")
+        )
+    shard = found[0]
+    if row >= shard.rows:
+        raise ConfigError(f"row {row}: the shard {shard.name} has rows 0 to {shard.rows - 1}")
+    split = dataset.split(shard.split)
+    number = int(split.row_start[split.shards.index(shard)]) + row
+    return RowRef(split=shard.split, row=number, shard=shard.name, row_in_shard=row)
+
+
+def refs_of(split: SplitTable, rows: I64) -> list[RowRef]:
+    """Rows (k,) of a split with their shards."""
+    shard, local = split.locate(rows)
+    return [
+        RowRef(split=split.name, row=row, shard=split.shards[s].name, row_in_shard=i)
+        for row, s, i in zip(rows.tolist(), shard.tolist(), local.tolist(), strict=True)
+    ]

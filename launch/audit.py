@@ -1,0 +1,154 @@
+"""`leyden data who-saw RUN KEY` and `leyden data replay RUN --step S`: audit of a run's data."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dist.audit import Answer, Replay, ReplayedRow
+
+WHO_SAW = "every step, rank and micro-batch that trained or will train on a row or a source"
+REPLAY = "the exact global batch of a step: rows, source documents, text"
+RUN_HELP = "a run's name (runs/RUN) or its folder"
+SHOWN_LINES = 40
+SHOWN_CHARACTERS = 300
+
+
+def who_saw(arguments: list[str]) -> int:
+    """Print at which steps what KEY names was trained on."""
+    parser = argparse.ArgumentParser(
+        prog="leyden data who-saw",
+        description=f"Print {WHO_SAW}.",
+        epilog="examples: leyden data who-saw quickstart train:17    "
+        "leyden data who-saw quickstart stdlib/abc.py.txt    "
+        "leyden data who-saw quickstart raw/part-3.jsonl@81920 --json",
+    )
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument(
+        "key",
+        metavar="KEY",
+        help="SPLIT:ROW, SHARD_DIGEST:ROW (the first hex digits do), the path of an input file, "
+        "or PATH@OFFSET for one document of it",
+    )
+    parser.add_argument("--epochs", type=int, help="epochs to answer for (as many as planned)")
+    parser.add_argument("--data", default="", metavar="FOLDER", help="where the dataset is now")
+    parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    options = parser.parse_args(arguments)
+    from dist import audit
+    from dist.run_history import find_run
+
+    answer = audit.who_saw(
+        find_run(options.run), options.key, epochs=options.epochs, data=options.data
+    )
+    if options.json:
+        print(json.dumps(dataclasses.asdict(answer), indent=1))
+    else:
+        print(who_saw_text(answer), end="")
+    return 0
+
+
+def replay(arguments: list[str]) -> int:
+    """Print the exact batch of a step."""
+    parser = argparse.ArgumentParser(
+        prog="leyden data replay",
+        description=f"Print {REPLAY}.",
+        epilog="examples: leyden data replay quickstart --step 12    "
+        "leyden data replay quickstart --step 12 --rank 1 --full-text",
+    )
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--step", type=int, required=True, help="optimizer step, from 0")
+    parser.add_argument("--rank", type=int, help="only the rows of this data-parallel rank")
+    parser.add_argument("--data", default="", metavar="FOLDER", help="where the dataset is now")
+    parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    parser.add_argument("--full-text", action="store_true", help="all text, not each row's start")
+    options = parser.parse_args(arguments)
+    from dist import audit
+    from dist.run_history import find_run
+
+    found = audit.replay(find_run(options.run), options.step, rank=options.rank, data=options.data)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(found), indent=1))
+    else:
+        print(replay_text(found, full=options.full_text), end="")
+    return 0
+
+
+def who_saw_text(answer: Answer) -> str:
+    """What `who-saw` prints, for people."""
+    shards = {(ref.split, ref.row): ref for ref in answer.rows}
+    lines = [f"data       {answer.data}", f"key        {printable(answer.key)}"]
+    lines.append(f"rows       {len(answer.rows):,}{_splits(answer)}")
+    for ref in answer.rows[:SHOWN_LINES]:
+        if ref.split != "train":
+            lines.append(f"  {ref.split}:{ref.row}  is of the split {ref.split}: never trained on")
+    for one in answer.sightings[:SHOWN_LINES]:
+        ref = shards[one.split, one.row]
+        state = f"consumed by attempt {one.attempt}" if one.consumed else "not yet"
+        if not one.consumed and not one.planned:
+            state = "after the planned end"
+        lines.append(
+            f"  train:{one.row:<8} epoch {one.epoch}  step {one.step:<7} rank {one.rank} of "
+            f"{one.world_size}  micro-batch {one.micro} row {one.index}  {state}  "
+            f"({ref.shard[:8]}:{ref.row_in_shard})"
+        )
+    if len(answer.sightings) > SHOWN_LINES:
+        lines.append(f"  ... {len(answer.sightings) - SHOWN_LINES:,} more; --json prints all")
+    done = sum(one.consumed for one in answer.sightings)
+    ahead = sum(not one.consumed and one.planned for one in answer.sightings)
+    lines.append(
+        f"in all     consumed {done:,} times, {ahead:,} more planned; epochs searched: "
+        f"{answer.epochs}; steps done: {answer.steps_done:,} of {answer.planned_steps or '?'}"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def replay_text(found: Replay, *, full: bool) -> str:
+    """What `replay` prints, for people."""
+    state = f"consumed by attempt {found.attempt}" if found.consumed else "not consumed yet"
+    lines = [
+        f"data       {found.data}",
+        f"step       {found.step}: samples {found.t0} to {found.t1 - 1}, {found.t1 - found.t0} "
+        f"rows on {found.world_size} data-parallel ranks, {state}",
+    ]
+    for row in found.rows:
+        lines.append(
+            f"rank {row.rank} micro-batch {row.micro} row {row.index}: train:{row.row} "
+            f"({row.shard[:8]}:{row.row_in_shard}), epoch {row.epoch}, sample {row.t}"
+        )
+        lines += _pieces(row, full=full)
+    return "\n".join(lines) + "\n"
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer the terminal: control characters are written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _splits(answer: Answer) -> str:
+    names = sorted({ref.split for ref in answer.rows})
+    return (
+        f" of {', '.join(names)}" if names else ": none of it is in the data (filtered, refused?)"
+    )
+
+
+def _pieces(row: ReplayedRow, *, full: bool) -> list[str]:
+    lines: list[str] = []
+    left = SHOWN_CHARACTERS
+    for number, piece in enumerate(row.pieces):
+        if left <= 0 and not full:
+            lines.append(f"  ... {len(row.pieces) - number} more documents; --full-text prints all")
+            break
+        source = printable(piece.path) or f"input {piece.input}"
+        lines.append(f"  {source}@{piece.offset}: {piece.tokens} tokens")
+        if piece.text is None:
+            left -= SHOWN_CHARACTERS // 4
+            continue
+        shown = piece.text if full else piece.text[:left]
+        left -= len(shown)
+        lines += ["  | " + printable(line) for line in shown.splitlines()]
+        if len(shown) < len(piece.text):
+            lines.append(f"  | ... {len(piece.text) - len(shown):,} more characters")
+    return lines
