@@ -25,7 +25,16 @@ FLOORS: dict[int, set[str]] = {
         *{"shard_file", "storage", "tokenizer", "verify", "mixture"},
     },
     2: {
-        *{"activation", "attention", "cache", "checkpoint", "drain", "guard", "initialise"},
+        *{
+            "activation",
+            "attention",
+            "batch",
+            "cache",
+            "checkpoint",
+            "drain",
+            "guard",
+            "initialise",
+        },
         *{"loader", "loss", "mesh", "meter", "optim", "precision", "sharding", "start"},
     },
     3: {"lightning_plugins", "strategies"},
