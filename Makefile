@@ -39,8 +39,8 @@ lint: setup
 	@$(BIN)/mypy
 
 bench: setup
-	@for file in benchmarks/[a-z]*.py; do \
-	  echo "== $$file"; $(BIN)/python $$file || exit 1; \
+	@for name in cli_start loader prep step; do \
+	  echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
 
 clean:

@@ -1,10 +1,10 @@
-"""Rows/s of the loader against a bare mmap copy of the same rows, in one run.
+"""Rows/s of the loader against litData, MDS and a bare mmap copy of such rows, in one run.
 
-    python -m benchmarks.loader [--rows 131072] [--seq-len 2048] [--seconds 5]
+    python -m benchmarks.loader [--rows 131072] [--seq-len 2048] [--seconds 4] [--no-peers]
 
-Both read random rows of the same shards from the page cache on one core's worth of Python. The
-bare copy is what no loader can beat: `out[i] = mapped[row]`. Ours also looks up documents and
-makes positions, document ids, target masks and cu_seqlens.
+All read shuffled rows from the page cache. The bare copy is what no loader in Python can beat:
+`out[i] = mapped[row]`. Ours also finds the documents of each row and their borders; the peers
+deliver bare tokens, each with no worker process and with two, the faster one counts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.peer_env import TORCH, peer_python, run_peer
 from dist.commit import commit_dataset, publish_shard
 from dist.dataset import Dataset, open_dataset
 from dist.loader import LoaderPlan, TokenLoader
@@ -127,6 +128,37 @@ def loader(dataset: Dataset, order: Order, micro_batch: int, seconds: float) -> 
         return count / (time.perf_counter() - started)
 
 
+def peer(script: str, python: str, rows: Path, folder: Path, args: argparse.Namespace) -> float:
+    """Rows/s of a peer, the better of no worker and two workers."""
+    found = []
+    for workers in ("0", "2"):
+        target = folder / f"{script}-{workers}"
+        words = (str(rows), str(target), str(args.micro_batch), str(args.seconds), workers)
+        found.append(float(run_peer(python, script, *words)["rows_s"]))
+        shutil.rmtree(target)
+    return max(found)
+
+
+def peers(dataset: Dataset, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Rows/s of the peers on an array of the first shards' rows."""
+    shards = [PackedShard(dataset.shard_path(s)) for s in dataset.split("train").shards[:4]]
+    rows = folder / "rows.npy"
+    np.save(rows, np.concatenate([shard.tokens(0, shard.num_rows) for shard in shards]))
+    litdata = peer_python("litdata", [TORCH, "litdata==0.2.76"])
+    mds = peer_python(
+        "mds",
+        [
+            *(TORCH, "numpy<2.2", "transformers<5", "tqdm", "xxhash<4", "zstd", "psutil"),
+            *("catalogue", "brotli", "python-snappy", "zstandard", "boto3", "requests", "pillow"),
+        ],
+        ("mosaicml-streaming==0.13.0",),
+    )
+    return {
+        "litdata_rows_s": peer("litdata_rows.py", litdata, rows, folder, args),
+        "mds_rows_s": peer("mds_rows.py", mds, rows, folder, args),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=131_072)
@@ -134,6 +166,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--no-peers", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="leyden-bench-"))
@@ -150,9 +183,13 @@ def main() -> None:
                 f"loader {ours:,.0f} rows/s, bare copy {bare:,.0f} rows/s, ratio {ours / bare:.2f}"
             )
         ours, bare, ratio = (statistics.median(column) for column in zip(*pairs, strict=True))
-        print(
-            json.dumps({"loader_rows_s": ours, "bare_rows_s": bare, "ratio": ratio, **vars(args)})
-        )
+        found = {"loader_rows_s": ours, "bare_rows_s": bare, "of_bare": ratio}
+        if not args.no_peers:
+            theirs = peers(dataset, folder, args)
+            found |= theirs
+            for name, rate in theirs.items():
+                found[f"times_{name.removesuffix('_rows_s')}"] = ours / rate
+        print(json.dumps({**found, **vars(args)}))
     finally:
         shutil.rmtree(folder)
 

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 import torch.distributed
 from numpy.typing import NDArray
-from torch import Tensor
 
+from dist.batch import Batch, make_batches
 from dist.dataset import Dataset, SplitTable
 from dist.drain import end_soon, lost_peer
 from dist.errors import describe
@@ -37,115 +37,6 @@ from dist.shard_file import PackedShard
 from dist.verify import ShardVerifier
 
 MAX_OPEN_SHARDS = 512
-
-
-@dataclass(kw_only=True)
-class Batch:
-    """One micro-batch of one rank, and where it stands. n rows of seq tokens."""
-
-    tokens: Tensor
-    """(n, seq + 1) in the shards' dtype: inputs [:, :-1], targets [:, 1:]."""
-    doc_ids: Tensor
-    """(n, seq) int32, the input token's document within its row."""
-    position_ids: Tensor
-    """(n, seq) int32, restarts at each document."""
-    valid: Tensor
-    """(n, seq) bool, True where the target is the next token of the same document."""
-    cu_seqlens: Tensor
-    """(documents + 1,) int32, document borders in the flattened inputs."""
-    rows: Tensor
-    """(n,) int64, row of the split; -1 for padding rows."""
-    max_len: int
-    """Longest document of the micro-batch, in tokens."""
-    step: int
-    """Optimizer step, from 0, that this micro-batch is part of."""
-    t0: int
-    """The step's first sample."""
-    t1: int
-    """One past the step's last sample."""
-    micro: int
-    """Number of the micro-batch in its step."""
-    num_micro: int
-    """Micro-batches of the step."""
-    step_targets: int
-    """Valid targets of the whole step on all ranks; 0 where the loader does not count."""
-    stop: bool
-    """All ranks agreed to stop after this step."""
-
-    @property
-    def ends_step(self) -> bool:
-        return self.micro == self.num_micro - 1
-
-    def to(self, device: torch.device, non_blocking: bool = True) -> Batch:
-        """The batch on a device; tokens travel in their narrow dtype."""
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
-            for field in dataclasses.fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
-
-    def pin(self) -> Batch:
-        """The batch in page-locked memory, for copies to a GPU that nothing waits for."""
-        pinned = {
-            field.name: getattr(self, field.name).pin_memory()
-            for field in dataclasses.fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **pinned)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Documents of n rows, from the rows' piece lengths. See Batch for the arrays."""
-
-    doc_ids: NDArray[np.int32]
-    position_ids: NDArray[np.int32]
-    valid: NDArray[np.bool_]
-    cu_seqlens: NDArray[np.int32]
-    max_len: int
-
-
-def document_layout(
-    doc_lens: NDArray[np.int32], row_splits: NDArray[np.int64], seq_len: int
-) -> Layout:
-    """Which document, which position, which targets: (n, seq_len) arrays.
-
-    doc_lens: (pieces,) of all rows, row_splits: (n + 1,). Padding is one more document, whose
-    targets are not valid. A row without pieces is all padding.
-    """
-    num_rows, width = len(row_splits) - 1, seq_len + 1
-    total = np.concatenate(([0], np.cumsum(doc_lens, dtype=np.int64)))
-    padding = width - (total[row_splits[1:]] - total[row_splits[:-1]])
-    # lens: the pieces of each row and then its padding (maybe 0); they sum to num_rows * width.
-    lens = np.insert(doc_lens.astype(np.int64), row_splits[1:], padding)
-    per_row = np.diff(row_splits) + 1
-    last = np.cumsum(per_row) - 1
-    number = np.arange(len(lens)) - np.repeat(last + 1 - per_row, per_row)
-    ends = np.cumsum(lens)
-    real = np.ones(len(lens), bool)
-    real[last] = False
-    # Flat arrays of num_rows * width tokens; a piece's last token has no target in the piece.
-    doc = np.repeat(number.astype(np.int32), lens)
-    position = np.arange(num_rows * width, dtype=np.int32)
-    position -= np.repeat((ends - lens).astype(np.int32), lens)
-    valid = np.repeat(real, lens)
-    valid[ends[lens > 0] - 1] = False
-    # A row's last token is a target only; its piece is one shorter as an input.
-    row_of = np.repeat(np.arange(num_rows), per_row)
-    input_ends = np.minimum(ends - row_of * width, seq_len) + row_of * seq_len
-    borders = np.unique(np.concatenate(([0], input_ends)))
-
-    def inputs(flat: NDArray[Any]) -> NDArray[Any]:
-        return np.ascontiguousarray(flat.reshape(num_rows, width)[:, :-1])
-
-    return Layout(
-        doc_ids=inputs(doc),
-        position_ids=inputs(position),
-        valid=inputs(valid),
-        cu_seqlens=borders.astype(np.int32),
-        max_len=int(np.diff(borders).max(initial=0)),
-    )
 
 
 class RowOrder(Protocol):
@@ -275,7 +166,7 @@ class TokenLoader:
                     batches = self._gather_step(step, t0, t1)
                 except Exception as error:
                     failure = error
-                targets = sum(int(batch.valid.sum()) for batch in batches)
+                targets = sum(batch.num_targets for batch in batches)
                 first = step == self.plan.start_step
                 if self._agree is not None and not (first or channel.wait_begun(step - 1)):
                     return
@@ -301,45 +192,29 @@ class TokenLoader:
         plan = self.plan
         lo, hi = rank_span(t1 - t0, plan.rank, plan.world_size)
         _, rows = self.order.rows(t0 + lo, t0 + hi)
-        num_micro = plan.num_micro(t1 - t0)
         size = min(plan.micro_batch, -(-(t1 - t0) // plan.world_size))
-        batches = []
-        for micro in range(num_micro):
-            part = rows[micro * size : (micro + 1) * size]
-            batch = self._gather(part, size)
-            batch.step, batch.t0, batch.t1 = step, t0, t1
-            batch.micro, batch.num_micro = micro, num_micro
-            batches.append(batch)
-        return batches
-
-    def _gather(self, rows: NDArray[np.int64], size: int) -> Batch:
-        """One micro-batch of `size` rows, the missing ones padding."""
-        tokens = np.zeros((size, self._seq_len + 1), self._dtype)
-        pieces: list[NDArray[np.int32]] = []
-        splits = np.zeros(size + 1, np.int64)
+        num_rows = plan.num_micro(t1 - t0) * size
+        # tokens: (num_rows, seq + 1); rows that this rank lacks are padding.
+        tokens = np.empty((num_rows, self._seq_len + 1), self._dtype)
+        tokens[len(rows) :] = 0
         shard_of, row_in_shard = self.split.locate(rows)
-        for i, number in enumerate(shard_of.tolist()):
-            shard = self._shards.get(number)
-            one = row_in_shard[i : i + 1]
-            shard.gather(one, tokens[i : i + 1])
-            lens, _ = shard.doc_lens(one)
-            pieces.append(lens)
-            splits[i + 1] = splits[i] + len(lens)
-        splits[len(rows) + 1 :] = splits[len(rows)]
-        lens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
-        layout = document_layout(lens, splits, self._seq_len)
-        keys = np.full(size, -1, np.int64)
+        open_shard = self._shards.get
+        lens = [
+            open_shard(number).read_row(row, out)
+            for number, row, out in zip(
+                shard_of.tolist(), row_in_shard.tolist(), tokens, strict=False
+            )
+        ]
+        row_splits = np.zeros(num_rows + 1, np.int64)
+        np.cumsum([len(one) for one in lens], out=row_splits[1 : len(rows) + 1])
+        row_splits[len(rows) + 1 :] = row_splits[len(rows)]
+        keys = np.full(num_rows, -1, np.int64)
         keys[: len(rows)] = rows
-        return Batch(
-            tokens=torch.from_numpy(tokens),
-            doc_ids=torch.from_numpy(layout.doc_ids),
-            position_ids=torch.from_numpy(layout.position_ids),
-            valid=torch.from_numpy(layout.valid),
-            cu_seqlens=torch.from_numpy(layout.cu_seqlens),
-            rows=torch.from_numpy(keys),
-            max_len=layout.max_len,
-            step=0, t0=0, t1=0, micro=0, num_micro=1, step_targets=0, stop=False,
-        )  # fmt: skip
+        doc_lens = np.concatenate(lens) if lens else np.empty(0, np.int32)
+        batches = make_batches(tokens, keys, doc_lens, row_splits, size)
+        for batch in batches:
+            batch.step, batch.t0, batch.t1 = step, t0, t1
+        return batches
 
 
 class Agreement:

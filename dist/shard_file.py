@@ -228,6 +228,13 @@ class PackedShard:
         for position, (b, i) in enumerate(zip(batch.tolist(), local.tolist(), strict=True)):
             out[position] = self._tokens[b][i]
 
+    def read_row(self, row: int, out: NDArray[np.unsignedinteger]) -> NDArray[np.int32]:
+        """Copy one row's tokens into `out` (seq_len + 1,) and return its piece lengths, a view."""
+        batch, local = divmod(row, self._rows_per_batch)
+        out[:] = self._tokens[batch][local]
+        offsets, values = self._list_views(batch, "doc_lens")
+        return values[offsets[local] : offsets[local + 1]]
+
     def tokens(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
         """Tokens of rows start to stop, (stop - start, seq_len + 1); a copy across batches."""
         out = np.empty((stop - start, self.seq_len + 1), self.dtype)

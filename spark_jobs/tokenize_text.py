@@ -47,7 +47,7 @@ from spark_jobs.tokenize_tasks import Transform, num_buckets, stage_1, stage_2
 TRANSFORM_VERSION = 1
 """Raise when the same inputs and config would give other bytes."""
 _MIB = 1 << 20
-_SAMPLE_POINTS, _SAMPLE_PER_POINT = 8, 32
+_SAMPLE_POINTS, _SAMPLE_PER_POINT = 32, 8
 
 
 @dataclass(kw_only=True)

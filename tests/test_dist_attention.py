@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import dist.attention
 from dist.attention import Packed, block_mask, packed_attention
+from dist.batch import Batch, make_batches
 from dist.initialise import materialise
-from dist.loader import Batch, document_layout
 from recipes import llama
 
 SEQ_LEN, VOCAB = 24, 50
@@ -29,17 +29,8 @@ def make_batch(rows: list[list[np.ndarray]]) -> Batch:
         flat = np.concatenate(documents)
         tokens[i, : len(flat)] = flat
     lens = np.array([len(d) for documents in rows for d in documents], np.int32)
-    layout = document_layout(lens, np.cumsum([0, *map(len, rows)]), SEQ_LEN)
-    return Batch(
-        tokens=torch.from_numpy(tokens),
-        doc_ids=torch.from_numpy(layout.doc_ids),
-        position_ids=torch.from_numpy(layout.position_ids),
-        valid=torch.from_numpy(layout.valid),
-        cu_seqlens=torch.from_numpy(layout.cu_seqlens),
-        rows=torch.arange(len(rows)),
-        max_len=layout.max_len,
-        step=0, t0=0, t1=len(rows), micro=0, num_micro=1, step_targets=0, stop=False,
-    )  # fmt: skip
+    splits = np.cumsum([0, *map(len, rows)])
+    return make_batches(tokens, np.arange(len(rows)), lens, splits, len(rows))[0]
 
 
 def make_documents() -> list[np.ndarray]:

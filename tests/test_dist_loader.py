@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed
@@ -17,7 +16,6 @@ from dist.loader import (
     Batch,
     LoaderPlan,
     TokenLoader,
-    document_layout,
     planned_shards,
 )
 from dist.mesh import PeerFailed, host_group
@@ -42,36 +40,6 @@ def make_loader(dataset: Dataset, plan: LoaderPlan, split: str = "train") -> Tok
 
 def rows_of(batches: list[Batch]) -> list[int]:
     return [row for batch in batches for row in batch.rows.tolist() if row >= 0]
-
-
-def test_document_layout_equals_a_loop_over_tokens() -> None:
-    """An off-by-one at a document's or a row's border would train across documents."""
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        seq_len = int(rng.integers(1, 12))
-        rows = []
-        for _ in range(int(rng.integers(1, 5))):
-            left, pieces = seq_len + 1, []
-            while left and rng.random() < 0.8:
-                pieces.append(int(rng.integers(1, left + 1)))
-                left -= pieces[-1]
-            rows.append(pieces)
-        flat = np.array([n for pieces in rows for n in pieces], np.int32)
-        splits = np.cumsum([0, *map(len, rows)])
-        layout = document_layout(flat, splits, seq_len)
-        borders = {0}
-        for i, pieces in enumerate(rows):
-            doc = [d for d, n in enumerate(pieces) for _ in range(n)]
-            doc += [len(pieces)] * (seq_len + 1 - len(doc))
-            position = [doc[:j].count(doc[j]) for j in range(seq_len)]
-            valid = [doc[j] == doc[j + 1] < len(pieces) for j in range(seq_len)]
-            borders |= {i * seq_len + j for j in range(seq_len) if j == 0 or doc[j] != doc[j - 1]}
-            assert layout.doc_ids[i].tolist() == doc[:-1]
-            assert layout.position_ids[i].tolist() == position
-            assert layout.valid[i].tolist() == valid
-        borders.add(len(rows) * seq_len)
-        assert layout.cu_seqlens.tolist() == sorted(borders)
-        assert layout.max_len == np.diff(sorted(borders)).max()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
