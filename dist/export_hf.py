@@ -10,14 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
 import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,6 @@ from dist.model_folder import write_record
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PAD_TEXTS = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>")
-_LIBRARIES = ("torch", "transformers", "pytorch-lightning", "tokenizers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,35 +204,6 @@ def tokenizer_config(tokenizer_json: bytes, special: SpecialTokens, longest: int
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-
-
-def code_version() -> str:
-    """Version of Leyden and the commit of its git checkout, '+' if files differ from it."""
-    try:
-        said = f"leyden {version('leyden')}"
-    except PackageNotFoundError:
-        said = "leyden"
-    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, timeout=10)
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        changed = subprocess.run(status, capture_output=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return said
-    if commit.returncode:
-        return said
-    return f"{said}, commit {commit.stdout.decode().strip()}{'+' if changed.stdout.strip() else ''}"
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that made and wrote the model."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def plain(value: Any) -> Any:

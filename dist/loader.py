@@ -110,6 +110,7 @@ class TokenLoader:
         self._agree, self._pin, self._stop_requested = agree, pin, stop_requested
         self._channel: _Channel | None = None
         self._thread: threading.Thread | None = None
+        self._delivered = self._left_behind = False
 
     def __len__(self) -> int:
         """Micro-batches of steps 0 to the last, also those before the start: what a loop that
@@ -123,7 +124,14 @@ class TokenLoader:
         return before + sum(plan.num_micro(t1 - t0) for _, t0, t1 in plan.steps())
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._channel is not None and not self._delivered:
+            # Lightning asks twice before the first batch. A second thread would bring its own
+            # all-reduces into the first one's group, and ranks could pair those of two steps.
+            return self._deliver(self._channel)
         self.close()
+        if self._agree is not None and self._left_behind:
+            raise RuntimeError("the last pass over this loader still waits for other ranks")
+        self._delivered = False
         ahead = self.plan.num_micro(self.plan.batch)
         channel = _Channel(max(2, min(ahead, 16)))
         thread = threading.Thread(target=self._run, args=(channel,), name="gather", daemon=True)
@@ -141,6 +149,7 @@ class TokenLoader:
             if isinstance(item, BaseException):
                 raise item
             channel.begin(item.step)
+            self._delivered = True
             yield item
 
     def close(self) -> None:
@@ -149,6 +158,7 @@ class TokenLoader:
             self._channel.close()
         if self._thread is not None:
             self._thread.join(timeout=2.0)
+            self._left_behind = self._thread.is_alive()
         self._channel = self._thread = None
 
     def __enter__(self) -> TokenLoader:

@@ -23,6 +23,7 @@ VERBS = {
     "train": "run a recipe under torchrun (train alone lists the recipes)",
     "eval": "loss and perplexity of a trained model, in all and by source",
     "generate": "text from a trained model: a prompt, a file of prompts, or interactive",
+    "report": "one HTML file on a run: loss, throughput, attempts, data, environment",
     "export": "a run's model as a Hugging Face folder, with its lineage and digests",
 }
 EXIT_CODES = (

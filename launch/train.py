@@ -16,11 +16,16 @@ from launch.processes import command_text, run_child
 from launch.rooms import ROOT
 from launch.torchrun import AGENT, num_gpus, parse_nproc, torchrun_argv, torchrun_env
 
+# Files of recipes with a main of their own that train nothing: verbs of their own start them.
+NOT_TRAINING = ("evaluate", "export", "generate")
+
 
 def recipes() -> dict[str, str]:
     """Recipe name -> first line of its docstring: the files of recipes that define a main."""
     found = {}
     for path in sorted((ROOT / "recipes").glob("*.py")):
+        if path.stem in NOT_TRAINING:
+            continue
         tree = ast.parse(path.read_text())
         names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         if "main" in names:

@@ -167,7 +167,8 @@ def score(
                 keep = valid[row]
                 grown = max(len(losses), int(inputs.max(initial=-1)) + 1)
                 losses, targets = (np.pad(x, (0, grown - len(x))) for x in (losses, targets))
-                owner = inputs[doc_ids[row][keep]]
+                # doc_ids number the pieces of the whole micro-batch; a row's first is its piece 0.
+                owner = inputs[(doc_ids[row] - doc_ids[row, 0])[keep]]
                 losses += np.bincount(owner, losses_NS[row][keep], grown)
                 targets += np.bincount(owner, minlength=grown)
             mean = losses.sum() / max(targets.sum(), 1)

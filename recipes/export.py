@@ -20,13 +20,12 @@ from dist.dataset import open_dataset
 from dist.errors import ConfigError, run_main
 from dist.export_hf import (
     DTYPES,
-    code_version,
-    library_versions,
     model_card,
     plain,
     write_folder,
 )
 from dist.run_dir import RunDir
+from dist.versions import code_version, library_versions
 from recipes.trained import (
     DataRef,
     Trained,
@@ -36,6 +35,8 @@ from recipes.trained import (
     quiet,
     resolve,
 )
+
+LIBRARIES = ("torch", "transformers", "pytorch-lightning", "tokenizers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def lineage(trained: Trained, dtype: str, params: int) -> dict[str, Any]:
     if same_step:
         metrics |= {f"eval_{key}": evaluated[key] for key in ("data", "split", "rows", "loss")}
     environment: dict[str, Any] = {
-        **library_versions(),
+        **library_versions(LIBRARIES),
         "platform": started_with.get("platform", ""),
         "python_of_training": started_with.get("python", ""),
     }

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -16,7 +12,7 @@ from dist.errors import ConfigError
 from dist.manifest import digest_of
 from spark_jobs.sources import InputFile
 
-_LIBRARIES = ("pyspark", "pyarrow", "numpy", "tokenizers", "kitoken", "xxhash", "fsspec")
+LIBRARIES = ("pyspark", "pyarrow", "numpy", "tokenizers", "kitoken", "xxhash", "fsspec")
 
 
 def job_digest(
@@ -46,33 +42,6 @@ def read_tokenizer(given: str) -> bytes:
         f"no tokenizer at {given!r}; pass a tokenizer.json or its folder, or make one with "
         "`leyden prep train-tokenizer`"
     )
-
-
-def code_version() -> str:
-    """Commit of the code's git checkout, '+' if files differ from it; '' outside of git."""
-    root = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(root)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, timeout=10)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    if commit.returncode != 0:
-        return ""
-    return commit.stdout.decode().strip() + ("+" if changed.stdout.strip() else "")
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a job's output may depend on."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = ""
-    return found
 
 
 def utc(seconds: float) -> str:

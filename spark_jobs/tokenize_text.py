@@ -29,6 +29,7 @@ from dist.errors import ConfigError, DataRefused, run_main
 from dist.shard_file import rows_per_batch
 from dist.storage import Storage
 from dist.tokenizer import ENGINES, TextTokenizer, choose_engine, token_dtype, tokenizer_digest
+from dist.versions import code_version, library_versions
 from spark_jobs import job_record
 from spark_jobs.bookkeeping import build_manifest, check_messages, check_yield, summarise
 from spark_jobs.records import Rules, read_chunks
@@ -143,8 +144,8 @@ def run(config: Config) -> str:
             "transform_version": TRANSFORM_VERSION,
             "inputs": describe_inputs(files),
             "config": asdict(config),
-            "code": job_record.code_version(),
-            "libraries": job_record.library_versions(),
+            "code": code_version(),
+            "libraries": library_versions(job_record.LIBRARIES),
             "started": job_record.utc(started),
             "ended": job_record.utc(ended),
             "counters": counters,

@@ -30,6 +30,7 @@ from dist.errors import ConfigError, DataRefused, run_main
 from dist.lease import Lease
 from dist.progress import Progress
 from dist.storage import Storage
+from dist.versions import code_version, library_versions
 from spark_jobs import job_record
 from spark_jobs.records import Rules, read_chunks
 from spark_jobs.session import run_with_progress, spark_session
@@ -230,8 +231,8 @@ def run(config: Config) -> str:
             "tokenizer_digest": digest,
             "inputs": describe_inputs(files),
             "config": asdict(config),
-            "code": job_record.code_version(),
-            "libraries": job_record.library_versions(),
+            "code": code_version(),
+            "libraries": library_versions(job_record.LIBRARIES),
             "started": job_record.utc(started),
             "ended": job_record.utc(time.time()),
             "sample": {"documents": len(texts), "bytes": size},

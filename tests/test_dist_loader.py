@@ -129,6 +129,27 @@ def test_leaving_early_ends_the_thread(dataset: Dataset) -> None:
     assert list(iterator) == []
 
 
+def test_asked_twice_before_the_first_batch_starts_one_thread(dataset: Dataset) -> None:
+    """Lightning calls iter() once only to see that it works. A second thread brings its own
+    all-reduces into the group of the first, and a slow rank then pairs the targets of two steps:
+    a wrong loss scale, once in five resumes on a busy machine."""
+
+    class Counted(Agreement):
+        steps = 0
+
+        def step(self, targets: int, stop: bool, failure: BaseException | None) -> tuple[int, bool]:
+            Counted.steps += 1
+            return super().step(targets, stop, failure)
+
+    table = dataset.split("train")
+    plan = LoaderPlan(batch=4, micro_batch=4, end_step=5)
+    loader = TokenLoader(dataset, table, Order(table.num_rows, 3), plan, agree=Counted(None))
+    with loader:
+        iter(loader)
+        assert [batch.step for batch in loader] == list(range(5))
+    assert Counted.steps == 5
+
+
 def test_a_stop_request_ends_after_an_agreed_step(dataset: Dataset) -> None:
     """The step that all ranks stop after is in the data, so that none goes on alone."""
     table = dataset.split("train")

@@ -21,7 +21,7 @@ ROOMS = ("dist", "recipes", "spark_jobs", "launch")
 FLOORS: dict[int, set[str]] = {
     0: {
         *{"checkpoint_folder", "errors", "lease", "local_files", "manifest", "model_folder"},
-        *{"ranks", "run_dir"},
+        *{"ranks", "run_dir", "versions"},
     },
     1: {
         *{"audit", "baselines", "commit", "config", "dataset", "lineage", "mixture", "order"},
