@@ -87,6 +87,8 @@ class Checkpoints(Callback):
             self.save(trainer, pl_module, step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
         step = self._validated_step = self._recorder.order.step
         if self._due(step):
             self.save(trainer, pl_module, step)

@@ -106,6 +106,15 @@ def test_a_signal_in_each_phase(dataset: Dataset, tmp_path: Path, phase: str, vi
     assert step <= begun.get(phase, 0) + 2, f"{step} steps; the signal came in {phase}"
 
 
+def test_at_most_two_more_steps_begin(dataset: Dataset, tmp_path: Path) -> None:
+    """With one micro-batch a step the loader could agree on steps far ahead of the model."""
+    folder = tmp_path / "run"
+    where = ("recipes.pretrain.Pretrain", "training_step", 2, (signal.SIGTERM,))
+    changes = {**SHORT, "micro_batch": 4, "save_every_steps": 0}
+    codes = train(dataset.storage.url, folder, 2, changes, signal_in, (1,), *where)
+    assert drained(folder, codes) <= 5  # the third step had begun
+
+
 @pytest.mark.parametrize("victims", [(0, 1), (1,)])
 def test_a_second_signal_changes_nothing(
     dataset: Dataset, tmp_path: Path, victims: tuple[int, ...]
