@@ -5,9 +5,9 @@ usage: litdata_rows.py ROWS.npy FOLDER BATCH SECONDS WORKERS
 
 import json
 import sys
-import time
 
 import numpy as np
+from measure import measure
 
 
 def main() -> None:
@@ -30,19 +30,6 @@ def main() -> None:
     )
     loader = StreamingDataLoader(dataset, batch_size=int(batch), num_workers=int(workers))
     print(json.dumps({"rows_s": measure(loader, float(seconds))}))
-
-
-def measure(loader, seconds: float) -> float:
-    count, started = 0, 0.0
-    while True:
-        for number, item in enumerate(loader):
-            if started == 0.0 and number == 8:
-                started = time.perf_counter()
-                continue
-            if started:
-                count += len(item)
-                if time.perf_counter() - started > seconds:
-                    return count / (time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ usage: mds_rows.py ROWS.npy FOLDER BATCH SECONDS WORKERS
 import importlib.machinery
 import json
 import sys
-import time
 import types
 
 import numpy as np
+from measure import measure
 
 
 def main() -> None:
@@ -39,19 +39,6 @@ def main() -> None:
         collate_fn=lambda items: np.stack([item["tokens"] for item in items]),
     )
     print(json.dumps({"rows_s": measure(loader, float(seconds))}))
-
-
-def measure(loader, seconds: float) -> float:
-    count, started = 0, 0.0
-    while True:
-        for number, item in enumerate(loader):
-            if started == 0.0 and number == 8:
-                started = time.perf_counter()
-                continue
-            if started:
-                count += len(item)
-                if time.perf_counter() - started > seconds:
-                    return count / (time.perf_counter() - started)
 
 
 if __name__ == "__main__":
