@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from pytorch_lightning import Callback, Trainer
 
+from dist.batch import Batch
 from dist.checkpoint import CheckpointSaver, Saved, SaveFailed, load_checkpoint
 from dist.checkpoint_folder import checkpoint_name, newer_than, remove_leftovers, retire
 from dist.lightning_plugins import RunRecorder, StopRun
-from dist.loader import Batch
 from dist.mesh import PeerFailed
 from dist.run_dir import RunDir
 

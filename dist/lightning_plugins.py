@@ -24,9 +24,10 @@ from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
 
+from dist.batch import Batch
 from dist.drain import end_soon, lost_peer
 from dist.errors import ConfigError, SetupError
-from dist.loader import Batch, TokenLoader
+from dist.loader import TokenLoader
 from dist.order import OrderState
 from dist.progress import Progress
 from dist.run_dir import RunDir

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist.attention import packed_info
+from dist.batch import Batch
 from dist.dataset import Dataset, SplitTable, open_dataset
 from dist.errors import ConfigError, DataRefused, run_main
 from dist.lineage import input_paths
-from dist.loader import Batch, LoaderPlan, TokenLoader
+from dist.loader import LoaderPlan, TokenLoader
 from dist.loss import chunk_tokens
 from dist.order import SequentialOrder
 from dist.precision import decide_precision

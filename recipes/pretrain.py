@@ -23,6 +23,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 
 from dist.activation import ActivationCheckpointing, checkpoint_blocks
+from dist.batch import Batch
 from dist.checkpoint_callback import Checkpoints
 from dist.config import parse_config
 from dist.dataset import open_dataset
@@ -30,7 +31,7 @@ from dist.drain import StopFlag, die_with_launcher, end_if_peer_lost, stop_reque
 from dist.errors import ConfigError, run_main
 from dist.initialise import materialise
 from dist.lightning_plugins import RunRecorder, StopRun, quiet_lightning, take_over
-from dist.loader import Batch, LoaderPlan, training_loader, validation_loader
+from dist.loader import LoaderPlan, training_loader, validation_loader
 from dist.loss import loss_scale
 from dist.mesh import (
     PeerFailed,
