@@ -12,9 +12,10 @@ from pytorch_lightning import Callback, Trainer
 from dist.batch import Batch
 from dist.checkpoint import CheckpointSaver, Saved, SaveFailed, load_checkpoint
 from dist.checkpoint_folder import checkpoint_name, newer_than, remove_leftovers, retire
-from dist.lightning_plugins import RunRecorder, StopRun
+from dist.lightning_plugins import StopRun
 from dist.mesh import PeerFailed
 from dist.run_dir import RunDir
+from dist.run_recorder import RunRecorder
 
 # A rank that failed in training lets its save end, for as long as a stopping job has time.
 LAST_SAVE_TIMEOUT_S = 10.0

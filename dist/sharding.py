@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from dist.precision import Precision
 
 StrategyName = Literal["ddp", "fsdp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks share the work."""
+
+    strategy: StrategyName = "fsdp"
+    """ddp: each rank holds all; fsdp: parameters, gradients and optimizer state are sharded."""
 
 
 def shard_fsdp(

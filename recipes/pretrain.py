@@ -30,7 +30,7 @@ from dist.dataset import open_dataset
 from dist.drain import StopFlag, die_with_launcher, end_if_peer_lost, stop_requests
 from dist.errors import ConfigError, run_main
 from dist.initialise import materialise
-from dist.lightning_plugins import RunRecorder, StopRun, quiet_lightning, take_over
+from dist.lightning_plugins import StopRun, quiet_lightning, take_over
 from dist.loader import LoaderPlan, training_loader, validation_loader
 from dist.loss import loss_scale
 from dist.mesh import (
@@ -47,7 +47,8 @@ from dist.precision import Precision, PrecisionName, decide_precision
 from dist.randomness import seed_micro_batch
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
-from dist.sharding import StrategyName, clip_grad_norm, shard_fsdp
+from dist.run_recorder import RunRecorder
+from dist.sharding import ParallelConfig, clip_grad_norm, shard_fsdp
 from dist.start import DataConfig, failure_recorded, start_run, summary_line
 from dist.strategies import LeydenEnvironment, make_strategy
 from recipes import llama
@@ -59,14 +60,6 @@ MAY_CHANGE = (
     "max_epochs", "val_every_steps", "val_rows", "save_every_steps", "log_every_steps", "keep",
     "keep_best", "async_save", "max_failed_saves", "run", "run_root",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """How the ranks share the work."""
-
-    strategy: StrategyName = "fsdp"
-    """ddp: each rank holds all; fsdp: parameters, gradients and optimizer state are sharded."""
 
 
 @dataclass(frozen=True, kw_only=True)

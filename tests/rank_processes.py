@@ -24,9 +24,10 @@ JOINED = "joined the world"
 def config(url: str, folder: Path, **changes: Any) -> Any:
     """A recipe config of a model of 34k parameters with dropout, fit for two cores."""
     from dist.optim import OptimConfig
+    from dist.sharding import ParallelConfig
     from dist.start import DataConfig
     from recipes.llama import ModelConfig
-    from recipes.pretrain import Config, ParallelConfig
+    from recipes.pretrain import Config
 
     dropout = changes.pop("dropout", 0.1)
     shape = {"hidden_size": 48, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2}

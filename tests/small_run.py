@@ -17,9 +17,10 @@ _keep: list[tempfile.TemporaryDirectory[str]] = []
 def _train(url: str, folder: str, strategy: str, tied: bool) -> int:
     from dist.optim import OptimConfig
     from dist.ranks import Ranks
+    from dist.sharding import ParallelConfig
     from dist.start import DataConfig
     from recipes.llama import ModelConfig
-    from recipes.pretrain import Config, ParallelConfig, run
+    from recipes.pretrain import Config, run
 
     config = Config(
         data=DataConfig(url=url),

@@ -35,9 +35,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def pretrain(url: str, folder: str, **changes: Any) -> int:
     """Run the recipe on this rank with a small model; returns its exit code."""
     from dist.optim import OptimConfig
+    from dist.sharding import ParallelConfig
     from dist.start import DataConfig
     from recipes.llama import ModelConfig
-    from recipes.pretrain import Config, ParallelConfig, run
+    from recipes.pretrain import Config, run
 
     settings = {
         "data": DataConfig(url=url),

@@ -33,7 +33,7 @@ FLOORS: dict[int, set[str]] = {
         *{"export_hf", "guard", "initialise", "loader", "loss", "mesh", "meter", "optim"},
         *{"precision", "randomness", "sharding", "start"},
     },
-    3: {"checkpoint_callback", "lightning_plugins", "strategies"},
+    3: {"checkpoint_callback", "lightning_plugins", "run_recorder", "strategies"},
 }
 FLOOR_1_MAY_USE = {
     *{"numpy", "pyarrow", "fsspec", "xxhash"},
