@@ -16,7 +16,7 @@ help:
 	@echo 'make quickstart   the whole path on real input: Spark -> shards -> two ranks (ARGS=--smoke)'
 	@echo 'make test         the tests (PYTEST_ARGS=...)'
 	@echo 'make lint         ruff and mypy'
-	@echo 'make bench        the published figures, one file of benchmarks/ after another'
+	@echo 'make bench        the published figures in half an hour, into build/benchmarks'
 	@echo 'make setup        .venv only; make clean removes build output, never data, runs or .venv'
 
 # The script compares a digest of pyproject.toml and constraints.txt with the one in .venv
@@ -39,9 +39,7 @@ lint: setup
 	@$(BIN)/mypy
 
 bench: setup
-	@for name in cli_start loader prep step; do \
-	  echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; \
-	done
+	@$(BIN)/python -m benchmarks.run_all
 
 clean:
 	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache spark-warehouse

@@ -1,10 +1,13 @@
 """Rows/s of the loader against litData, MDS and a bare mmap copy of such rows, in one run.
 
-    python -m benchmarks.loader [--rows 131072] [--seq-len 2048] [--seconds 4] [--no-peers]
+    python -m benchmarks.loader [--rows 65536] [--seq-len 2048] [--seconds 3] [--no-peers]
 
 All read shuffled rows from the page cache. The bare copy is what no loader in Python can beat:
 `out[i] = mapped[row]`. Ours also finds the documents of each row and their borders; the peers
-deliver bare tokens, each with no worker process and with two, the faster one counts.
+deliver bare tokens, each with no worker process and with two, the faster one counts. Each peer
+first gives one epoch whole, in which every row is compared with what was stored, and says how far
+over the data the rows of a batch are spread (1 for a shuffle of everything; ours is 1). Rows per
+CPU second (no worker processes) are what a busy machine disturbs least. All take turns.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +35,13 @@ from dist.shard_file import PackedShard, PackedShardWriter, rows_per_batch
 from dist.storage import Storage
 
 DOCUMENTS_PER_ROW = 4
+
+
+class Rate(NamedTuple):
+    """Rows by wall time and by CPU time of the process, a second each."""
+
+    wall: float
+    cpu: float
 
 
 def make_dataset(folder: Path, num_rows: int, seq_len: int, rows_per_shard: int) -> Dataset:
@@ -95,14 +106,14 @@ def make_dataset(folder: Path, num_rows: int, seq_len: int, rows_per_shard: int)
     return open_dataset(str(folder))
 
 
-def bare_copy(dataset: Dataset, order: Order, micro_batch: int, seconds: float) -> float:
-    """Rows/s of copying random rows out of the maps into a new buffer a batch."""
+def bare_copy(dataset: Dataset, order: Order, micro_batch: int, seconds: float) -> Rate:
+    """Copying random rows out of the maps into a new buffer a batch."""
     split = dataset.split("train")
     # The views a reader would keep: one array a shard, rows by number.
     shards = [PackedShard(dataset.shard_path(shard)) for shard in split.shards]
     views = [[shard._tokens[b] for b in range(len(shard._tokens))] for shard in shards]
     per_batch = shards[0]._rows_per_batch
-    t, started = 0, time.perf_counter()
+    t, started, cpu = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - started < seconds:
         _, rows = order.rows(t, t + micro_batch)
         shard, local = split.locate(rows)
@@ -110,40 +121,36 @@ def bare_copy(dataset: Dataset, order: Order, micro_batch: int, seconds: float) 
         for i, (s, row) in enumerate(zip(shard.tolist(), local.tolist(), strict=True)):
             out[i] = views[s][row // per_batch][row % per_batch]
         t += micro_batch
-    return t / (time.perf_counter() - started)
+    return Rate(t / (time.perf_counter() - started), t / (time.process_time() - cpu))
 
 
-def loader(dataset: Dataset, order: Order, micro_batch: int, seconds: float) -> float:
-    """Rows/s of what a training loop receives."""
+def loader(dataset: Dataset, order: Order, micro_batch: int, seconds: float) -> Rate:
+    """What a training loop receives."""
     plan = LoaderPlan(batch=micro_batch * 8, micro_batch=micro_batch)
-    count, started = 0, 0.0
+    count, started, cpu = 0, 0.0, 0.0
     with TokenLoader(dataset, dataset.split("train"), order, plan) as batches:
         for number, batch in enumerate(batches):
             if number == 8:  # the thread has started and filled its queue
-                started = time.perf_counter()
+                started, cpu = time.perf_counter(), time.process_time()
             if number >= 8:
                 count += len(batch.tokens)
                 if time.perf_counter() - started > seconds:
                     break
-        return count / (time.perf_counter() - started)
+        return Rate(count / (time.perf_counter() - started), count / (time.process_time() - cpu))
 
 
-def peer(script: str, python: str, rows: Path, folder: Path, args: argparse.Namespace) -> float:
-    """Rows/s of a peer, the better of no worker and two workers."""
-    found = []
-    for workers in ("0", "2"):
-        target = folder / f"{script}-{workers}"
-        words = (str(rows), str(target), str(args.micro_batch), str(args.seconds), workers)
-        found.append(float(run_peer(python, script, *words)["rows_s"]))
-        shutil.rmtree(target)
-    return max(found)
+class Peer(NamedTuple):
+    """A loader of somebody else's, and how it is run."""
+
+    name: str
+    script: str
+    python: str
+    words: tuple[str, ...] = ()
 
 
-def peers(dataset: Dataset, folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Rows/s of the peers on an array of the first shards' rows."""
-    shards = [PackedShard(dataset.shard_path(s)) for s in dataset.split("train").shards[:4]]
-    rows = folder / "rows.npy"
-    np.save(rows, np.concatenate([shard.tokens(0, shard.num_rows) for shard in shards]))
+def make_peers() -> list[Peer]:
+    """The peers with their environments. litData shuffles as it does by default, in windows of
+    256 rows, and once more in whole chunks."""
     litdata = peer_python("litdata", [TORCH, "litdata==0.2.76"])
     mds = peer_python(
         "mds",
@@ -153,45 +160,84 @@ def peers(dataset: Dataset, folder: Path, args: argparse.Namespace) -> dict[str,
         ],
         ("mosaicml-streaming==0.13.0",),
     )
-    return {
-        "litdata_rows_s": peer("litdata_rows.py", litdata, rows, folder, args),
-        "mds_rows_s": peer("mds_rows.py", mds, rows, folder, args),
-    }
+    datasets = peer_python("datasets", [TORCH, "datasets==5.2.0"])
+    return [
+        Peer("litdata", "litdata_rows.py", litdata, ("uint16", "auto")),
+        Peer("litdata_full_chunk", "litdata_rows.py", litdata, ("uint16", "full")),
+        Peer("mds", "mds_rows.py", mds),
+        Peer("datasets", "datasets_rows.py", datasets),
+    ]
+
+
+def write_rows(dataset: Dataset, path: Path) -> None:
+    """The first shards' rows as an array for the peers, with their numbers as first tokens."""
+    shards = [PackedShard(dataset.shard_path(s)) for s in dataset.split("train").shards[:4]]
+    rows = np.concatenate([shard.tokens(0, shard.num_rows) for shard in shards])
+    number = np.arange(len(rows))
+    rows[:, 0], rows[:, 1] = number & 0xFFFF, number >> 16
+    np.save(path, rows)
+
+
+def measure_peer(peer: Peer, folder: Path, args: argparse.Namespace) -> Rate:
+    """A peer's better rate of no worker and two workers, and its CPU rate without workers."""
+    found = []
+    for workers in ("0", "2"):
+        data = folder / peer.script
+        words = (str(folder / "rows.npy"), str(data), str(args.micro_batch), str(args.seconds))
+        found.append(run_peer(peer.python, peer.script, *words, workers, *peer.words))
+    alone, two = found
+    best = max(alone["rows_s"], two["rows_s"])
+    print(
+        f"  {peer.name}: {alone['rows_s']:,.0f} rows/s, with two workers {two['rows_s']:,.0f}, "
+        f"{alone['rows_cpu_s']:,.0f} a CPU second; {alone['dtype']}, spread {alone['spread']}, "
+        f"{alone['rows_missing']} rows missing, {alone['rows_twice']} twice",
+        flush=True,
+    )
+    return Rate(float(best), float(alone["rows_cpu_s"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=131_072)
+    parser.add_argument("--rows", type=int, default=65_536)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--micro-batch", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="leyden-bench-"))
+    rates: dict[str, list[Rate]] = {}
     try:
         dataset = make_dataset(folder / "data", args.rows, args.seq_len, args.rows // 16)
         order = Order(dataset.split("train").num_rows, seed=1)
+        peers = [] if args.no_peers else make_peers()
+        write_rows(dataset, folder / "rows.npy")
         bare_copy(dataset, order, args.micro_batch, 1.0)  # warms the page cache
-        pairs = []
         for _ in range(args.repeat):
             bare = bare_copy(dataset, order, args.micro_batch, args.seconds)
             ours = loader(dataset, order, args.micro_batch, args.seconds)
-            pairs.append((ours, bare, ours / bare))
+            rates.setdefault("bare", []).append(bare)
+            rates.setdefault("loader", []).append(ours)
             print(
-                f"loader {ours:,.0f} rows/s, bare copy {bare:,.0f} rows/s, ratio {ours / bare:.2f}"
+                f"loader {ours.wall:,.0f} rows/s, bare copy {bare.wall:,.0f}, ratio "
+                f"{ours.wall / bare.wall:.2f}; a CPU second {ours.cpu:,.0f} and {bare.cpu:,.0f}, "
+                f"ratio {ours.cpu / bare.cpu:.2f}",
+                flush=True,
             )
-        ours, bare, ratio = (statistics.median(column) for column in zip(*pairs, strict=True))
-        found = {"loader_rows_s": ours, "bare_rows_s": bare, "of_bare": ratio}
-        if not args.no_peers:
-            theirs = peers(dataset, folder, args)
-            found |= theirs
-            for name, rate in theirs.items():
-                found[f"times_{name.removesuffix('_rows_s')}"] = ours / rate
-        print(json.dumps({**found, **vars(args)}))
+            for peer in peers:
+                rates.setdefault(peer.name, []).append(measure_peer(peer, folder, args))
     finally:
         shutil.rmtree(folder)
+    found = {}
+    for name, measured in rates.items():
+        found[f"{name}_rows_s"] = statistics.median(one.wall for one in measured)
+        found[f"{name}_rows_cpu_s"] = statistics.median(one.cpu for one in measured)
+        if name != "loader":  # pairs of one round
+            pairs = list(zip(rates["loader"], measured, strict=True))
+            found[f"times_{name}"] = statistics.median(a.wall / b.wall for a, b in pairs)
+            found[f"times_{name}_cpu"] = statistics.median(a.cpu / b.cpu for a, b in pairs)
+    print(json.dumps({**found, **vars(args)}))
 
 
 if __name__ == "__main__":

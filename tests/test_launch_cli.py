@@ -111,7 +111,7 @@ def test_starts_without_the_heavy_libraries() -> None:
 
 
 def test_help_is_quick() -> None:
-    """The figure is 0.3 s (benchmarks/cli_start.py); three times that allows for a busy machine."""
+    """The figure is 0.3 s (benchmarks/help.py); three times that allows for a busy machine."""
     seconds = []
     for _ in range(5):
         started = time.monotonic()

@@ -5,11 +5,12 @@ usage: mds_rows.py ROWS.npy FOLDER BATCH SECONDS WORKERS
 
 import importlib.machinery
 import json
+import os
 import sys
 import types
 
 import numpy as np
-from measure import measure
+from measure import delivered, rate
 
 
 def main() -> None:
@@ -28,9 +29,10 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = np.load(source, mmap_mode="r")
     columns = {"tokens": f"ndarray:uint16:{rows.shape[1]}"}
-    with MDSWriter(out=folder, columns=columns, size_limit=1 << 26) as out:
-        for row in rows:
-            out.write({"tokens": np.asarray(row)})
+    if not os.path.exists(folder):
+        with MDSWriter(out=folder, columns=columns, size_limit=1 << 26) as out:
+            for row in rows:
+                out.write({"tokens": np.asarray(row)})
     dataset = StreamingDataset(local=folder, shuffle=True, batch_size=int(batch), shuffle_seed=1)
     loader = DataLoader(
         dataset,
@@ -38,7 +40,8 @@ def main() -> None:
         num_workers=int(workers),
         collate_fn=lambda items: np.stack([item["tokens"] for item in items]),
     )
-    print(json.dumps({"rows_s": measure(loader, float(seconds))}))
+    found = delivered(loader, rows)
+    print(json.dumps({**rate(loader, float(seconds)), **found}))
 
 
 if __name__ == "__main__":

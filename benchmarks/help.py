@@ -1,4 +1,4 @@
-"""Figure: `leyden --help` answers in under 0.3 s. Run: python benchmarks/cli_start.py
+"""Figure: `leyden --help` answers in under 0.3 s. Run: python -m benchmarks.help
 
 Ours is a whole process, from fork to exit; beside it stand a bare `python -c pass`, which nothing
 written in Python can beat, and `torchrun --help`, the front that a user would type otherwise.
