@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 from pytorch_lightning import Callback, Trainer
 
 from dist.batch import Batch
-from dist.checkpoint import CheckpointSaver, Saved, SaveFailed, load_checkpoint
+from dist.checkpoint import (
+    CheckpointSaver,
+    Saved,
+    SaveFailed,
+    check_same_run,
+    load_checkpoint,
+)  # fmt: skip
 from dist.checkpoint_folder import checkpoint_name, newer_than, remove_leftovers, retire
 from dist.lightning_plugins import StopRun
 from dist.mesh import PeerFailed
@@ -50,14 +57,22 @@ class Checkpoints(Callback):
     def __init__(
         self, run: RunDir, recorder: RunRecorder, record: dict[str, Any], *,
         attempt: int, config: SaveConfig, resume_from: Any = None,
+        may_change: Iterable[str] = (),
     ) -> None:  # fmt: skip
         self._run, self._recorder, self._record = run, recorder, record
         self._attempt, self._config, self._resume_from = attempt, config, resume_from
+        self._may_change = tuple(may_change)
         self._saver: CheckpointSaver | None = None
         self._damaged: frozenset[str] = frozenset()
         self._validated_step = -1
         self._failed_saves = 0
         self.saved_step = -1
+
+    def go_on_from(self, folder: Path, record: dict[str, Any]) -> None:
+        """Load this checkpoint when fit starts; ConfigError if it is of other settings."""
+        now = self._record["config"]
+        check_same_run(record["config"], now, self._may_change, f"the run of {folder}")
+        self._resume_from = (folder, record)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._saver = CheckpointSaver(trainer.strategy.root_device)
@@ -67,6 +82,7 @@ class Checkpoints(Callback):
         if found is None:
             return
         load_checkpoint(found, pl_module.net, trainer.optimizers[0])
+        self._recorder.train_loss = self._resume_from[1]["facts"]["train_loss"]
         states = self._resume_from[1]["schedulers"]
         for config, state in zip(trainer.lr_scheduler_configs, states, strict=True):
             config.scheduler.load_state_dict(state)
@@ -81,7 +97,7 @@ class Checkpoints(Callback):
         if not batch.ends_step:
             return
         step = batch.step + 1
-        if batch.stop and step < self._config.max_steps:
+        if batch.stop and step < self._recorder.end_step:
             self.save(trainer, pl_module, step, durable=True)
             raise StopRun
         if self._due(step) and not trainer.fit_loop.epoch_loop.validation_due(step):
@@ -107,9 +123,11 @@ class Checkpoints(Callback):
         Waits for the previous save first, and for this one at the end of the run or if `durable`.
         Raises SaveFailed (PeerFailed on other ranks than 0) after max_failed_saves in a row.
         """
+        if not self._recorder.keeps_records:
+            return  # fast_dev_run
         start = time.perf_counter()
         self._settle(trainer)
-        last = durable or step >= self._config.max_steps
+        last = durable or step >= self._recorder.end_step
         while step != self.saved_step:
             self._start(trainer, pl_module, step)
             if last or not self._config.async_save:
@@ -120,7 +138,7 @@ class Checkpoints(Callback):
 
     def _due(self, step: int) -> bool:
         every = self._config.save_every_steps
-        return step == self._config.max_steps or (every > 0 and step % every == 0)
+        return step == self._recorder.end_step or (every > 0 and step % every == 0)
 
     def _start(self, trainer: Trainer, pl_module: Any, step: int) -> None:
         assert self._saver is not None

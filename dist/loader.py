@@ -104,13 +104,15 @@ class TokenLoader:
         self.plan, self.split, self.order = plan, split, order
         self.wait_s = 0.0
         """Seconds that the consumer waited for data, in all."""
+        self.goes_on = False
+        """Whether a further `iter()` goes on where the last one stopped, not at the start."""
         self._seq_len = int(dataset.manifest.schema["seq_len"])
         self._dtype = np.dtype(dataset.manifest.schema["token_dtype"])
         self._shards = _OpenShards(dataset, split, verifier)
         self._agree, self._pin, self._stop_requested = agree, pin, stop_requested
         self._channel: _Channel | None = None
         self._thread: threading.Thread | None = None
-        self._delivered = self._left_behind = False
+        self._delivered = self._left_behind = self._ended = False
 
     def __len__(self) -> int:
         """Micro-batches of steps 0 to the last, also those before the start: what a loop that
@@ -123,15 +125,21 @@ class TokenLoader:
         before = plan.start_step * plan.num_micro(plan.batch)
         return before + sum(plan.num_micro(t1 - t0) for _, t0, t1 in plan.steps())
 
+    def replan(self, plan: LoaderPlan) -> None:
+        """Deliver something else; only before the first `iter()`."""
+        if self._channel is not None:
+            raise RuntimeError("the loader has begun; its plan cannot change")
+        self.plan = plan
+
     def __iter__(self) -> Iterator[Batch]:
-        if self._channel is not None and not self._delivered:
+        if self._channel is not None and (self.goes_on or not self._delivered):
             # Lightning asks twice before the first batch. A second thread would bring its own
             # all-reduces into the first one's group, and ranks could pair those of two steps.
             return self._deliver(self._channel)
         self.close()
         if self._agree is not None and self._left_behind:
             raise RuntimeError("the last pass over this loader still waits for other ranks")
-        self._delivered = False
+        self._delivered = self._ended = False
         ahead = self.plan.num_micro(self.plan.batch)
         channel = _Channel(max(2, min(ahead, 16)))
         thread = threading.Thread(target=self._run, args=(channel,), name="gather", daemon=True)
@@ -140,11 +148,12 @@ class TokenLoader:
         return self._deliver(channel)
 
     def _deliver(self, channel: _Channel) -> Iterator[Batch]:
-        while True:
+        while not self._ended:
             start = time.perf_counter()
             item = channel.get()
             self.wait_s += time.perf_counter() - start
             if item is None:
+                self._ended = True
                 return
             if isinstance(item, BaseException):
                 raise item

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from dist.batch import Batch
 from dist.drain import end_soon, lost_peer
-from dist.errors import ConfigError
+from dist.errors import ConfigError, DataRefused
 from dist.loader import TokenLoader
 from dist.order import OrderState
 from dist.progress import Progress
@@ -30,11 +32,18 @@ class RunRecorder(Callback):
         self, run: RunDir, order: OrderState, loader: TokenLoader, *,
         attempt: int, seq_len: int, log_every_steps: int, max_steps: int,
     ) -> None:  # fmt: skip
-        self.order = order
+        self.run, self.loader = run, loader
+        self.order = dataclasses.replace(order, batch=loader.plan.batch)
+        self.end_step = max_steps
+        """The step that ends the run; a Trainer's limits may set it earlier than max_steps."""
+        self.keeps_records = True
+        """False in Lightning's fast_dev_run: nothing is written and the run stays where it is."""
+        self.step_ends = False
+        """Whether the micro-batch under way is the last of its step."""
         self.train_loss = float("nan")
         self.tokens_per_s = 0.0
-        self._run, self._loader, self._attempt = run, loader, attempt
-        self._seq_len, self._log_every_steps, self._max_steps = seq_len, log_every_steps, max_steps
+        self._attempt, self._max_steps = attempt, max_steps
+        self._seq_len, self._log_every_steps = seq_len, log_every_steps
         self._exit = ExitStack()
         self._bar: Progress | None = None
         self._window = _Window()
@@ -45,7 +54,7 @@ class RunRecorder(Callback):
         loss, targets = pl_module.validation
         return {
             "step": self.order.step,
-            "max_steps": self._max_steps,
+            "max_steps": self.end_step if self.keeps_records else self._max_steps,
             "samples": self.order.t,
             "tokens": self.order.t * self._seq_len,
             "train_loss": self.train_loss,
@@ -55,8 +64,22 @@ class RunRecorder(Callback):
             "params": sum(parameter.numel() for parameter in pl_module.net.parameters()),
         }
 
+    def go_on_from(self, folder: Path, record: dict[str, Any]) -> None:
+        """Stand where a checkpoint's record says; before the first batch. DataRefused for a
+        checkpoint of other data."""
+        order = OrderState.from_dict(record["order"])
+        if (order.data_digest, order.seed) != (self.order.data_digest, self.order.seed):
+            raise DataRefused(
+                f"the checkpoint {folder} is of data {order.data_digest[:12]} in the order of seed "
+                f"{order.seed}; this run trains on {self.order.data_digest[:12]}, seed "
+                f"{self.order.seed}: resume from a checkpoint of this data, or start without one"
+            )
+        plan = dataclasses.replace(self.loader.plan, start_step=order.step, start_t=order.t)
+        self.loader.replan(plan)
+        self.order = dataclasses.replace(order, batch=plan.batch)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        plan = self._loader.plan
+        plan = self.loader.plan
         if trainer.accumulate_grad_batches != plan.num_micro(plan.batch):
             raise ConfigError(
                 f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}), but a step "
@@ -70,24 +93,34 @@ class RunRecorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self._run.append("order.jsonl", self._segment(trainer))
-            bar = Progress("train", self._max_steps, "steps")
+            self._append("order.jsonl", self._segment(trainer))
+            bar = Progress("train", self.end_step, "steps")
             self._bar = self._exit.enter_context(bar)
             self._bar.set(self.order.step)
-        self._window.restart(self._loader.wait_s)
+        self._window.restart(self.loader.wait_s)
 
     def _segment(self, trainer: Trainer) -> dict[str, Any]:
-        """From which step and sample on this attempt trains, and how: who saw what, when."""
+        """From which step and sample on training goes on, and how: who saw what, when."""
         return {
             "step0": self.order.step,
             "t0": self.order.t,
             "batch": self.order.batch,
             "world_size": trainer.world_size,
+            "micro_batch": self.loader.plan.micro_batch,
             "accumulation": trainer.accumulate_grad_batches,
-            "attempt": self._attempt,
             "seed": self.order.seed,
             "data_digest": self.order.data_digest,
         }
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        """A line of one of the run's logs; rank 0 calls it."""
+        if self.keeps_records:
+            self.run.append(name, {**record, "attempt": self._attempt})
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self.step_ends = batch.ends_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -96,16 +129,29 @@ class RunRecorder(Callback):
         self._window.loss = share if self._window.loss is None else self._window.loss + share
         if not batch.ends_step:
             return
+        self._consumed(trainer, batch)
         step = batch.step + 1
-        self.order = OrderState(**{**self.order.to_dict(), "step": step, "t": batch.t1})
-        self._window.steps += 1
-        self._window.tokens += (batch.t1 - batch.t0) * self._seq_len
-        if trainer.is_global_zero:
-            record = {"step": batch.step, "t0": batch.t0, "t1": batch.t1}
-            more = {"batch": batch.t1 - batch.t0, "targets": batch.step_targets}
-            self._run.append("consumed.jsonl", {**record, **more, "attempt": self._attempt})
-        if step % self._log_every_steps == 0 or step == self._max_steps or batch.stop:
+        if step % self._log_every_steps == 0 or step == self.end_step or batch.stop:
             self._log(trainer, step, pl_module)
+
+    def _consumed(self, trainer: Trainer, batch: Batch) -> None:
+        """A step is done: the run stands after it, and its line is with the kernel."""
+        rows = batch.t1 - batch.t0
+        self._window.steps += 1
+        self._window.tokens += rows * self._seq_len
+        if not self.keeps_records:
+            return
+        # Short because the samples end, or because the batch is another one from here on.
+        if rows != self.order.batch and batch.t1 != self.loader.plan.end_t:
+            self.order = dataclasses.replace(self.order, batch=rows)
+            if trainer.is_global_zero:
+                segment = {**self._segment(trainer), "accumulation": batch.num_micro}
+                self._append("order.jsonl", segment)
+        self.order = dataclasses.replace(self.order, step=batch.step + 1, t=batch.t1)
+        if trainer.is_global_zero:
+            record = {"step": batch.step, "t0": batch.t0, "t1": batch.t1, "batch": rows}
+            more = {"targets": batch.step_targets, "time": time.time()}
+            self._append("consumed.jsonl", {**record, **more})
 
     def _log(self, trainer: Trainer, step: int, pl_module: Any) -> None:
         """Means over the steps since the last log; the one place that waits for the device."""
@@ -123,24 +169,26 @@ class RunRecorder(Callback):
             "grad_norm": float(pl_module.grad_norm),
             "tokens_per_s": window.tokens / elapsed_s,
             "step_s": elapsed_s / window.steps,
-            "data_wait_s": (self._loader.wait_s - window.wait_s) / window.steps,
+            "data_wait_s": (self.loader.wait_s - window.wait_s) / window.steps,
+            **_peak_memory(pl_module.device),
         }
         self._total.tokens += window.tokens
         self._total.seconds += elapsed_s
         self.tokens_per_s = self._total.tokens / self._total.seconds
         if trainer.is_global_zero:
-            self._run.append("metrics.jsonl", {**metrics, "attempt": self._attempt})
+            self._append("metrics.jsonl", metrics)
         if self._bar is not None:
             note = f"loss {self.train_loss:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s"
             self._bar.set(step, note)
-        window.restart(self._loader.wait_s)
+        window.restart(self.loader.wait_s)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
             loss, targets = pl_module.validation
             facts = {"validation_loss": loss, "validation_targets": targets}
-            record = {"step": self.order.step, **facts, "attempt": self._attempt}
-            self._run.append("metrics.jsonl", record)
+            if self._window.paused_at is not None:
+                facts["validation_s"] = time.perf_counter() - self._window.paused_at
+            self._append("metrics.jsonl", {"step": self.order.step, **facts})
             if self._bar is not None:
                 self._bar.set(self.order.step, f"validation loss {loss:.3f}")
         self.pause()
@@ -180,3 +228,16 @@ class _Window:
     def restart(self, wait_s: float) -> None:
         self.loss, self.steps, self.tokens = None, 0, 0
         self.since, self.wait_s = time.perf_counter(), wait_s
+
+
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak memory of this process: of its GPU, else resident. {} where the system tells none."""
+    if device.type == "cuda":
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device)}
+    try:
+        # Not getrusage: its maximum is inherited from the process that started this one.
+        with open("/proc/self/status", "rb") as file:
+            _, _, peak = file.read().partition(b"VmHWM:")
+    except OSError:
+        return {}
+    return {"peak_rss_bytes": int(peak.split(None, 1)[0]) * 1024} if peak else {}

@@ -18,6 +18,7 @@ from launch.torchrun import AGENT, num_gpus, parse_nproc, torchrun_argv, torchru
 
 # Files of recipes with a main of their own that train nothing: verbs of their own start them.
 NOT_TRAINING = ("evaluate", "export", "generate")
+RUN_VARIABLE = "LEYDEN_RUN"
 
 
 def recipes() -> dict[str, str]:
@@ -111,6 +112,11 @@ def value_of(flag: str, words: Sequence[str]) -> str:
     return value
 
 
+def run_folder(name: str, run_root: str) -> str:
+    """Folder of a run as the recipes find it: a name in run_root, or a path."""
+    return name if "/" in name else os.path.join(run_root, name)
+
+
 def fresh_name(name: str, run_root: Path) -> str:
     """`name`, or the first of name-2, name-3, ... that no run has."""
     number, candidate = 1, name
@@ -167,13 +173,18 @@ def main(arguments: list[str], title: str = "") -> int:
     if request.fresh and request.run:
         # Without a name every start is another run.
         root = Path(".") if "/" in request.run else Path(request.run_root)
-        passed = replace_run(passed, request.run, fresh_name(request.run, root))
+        fresh = fresh_name(request.run, root)
+        passed = replace_run(passed, request.run, fresh)
+        request.run = fresh
     env = torchrun_env(nproc, os.environ, len(os.sched_getaffinity(0)))
     shown = command_text(torchrun_argv(target, passed, nproc=nproc), env)
     if request.dry_run:
         print(shown)
         return 0
     print(f"$ {shown}", file=sys.stderr, flush=True)
+    if request.run:
+        # By this, whatever a run left behind can be told from other runs' processes.
+        env = {**env, RUN_VARIABLE: os.path.abspath(run_folder(request.run, request.run_root))}
     return run_child(
         torchrun_argv(target, passed, nproc=nproc, launcher=AGENT), env=env, title=title
     )

@@ -227,6 +227,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             attempt=start.attempt,
             config=config,
             resume_from=(start.checkpoint, start.record) if start.checkpoint else None,
+            may_change=MAY_CHANGE,
         )
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -266,12 +267,12 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             "precision": str(precision),
             "data": start.data,
         }
-        completed = facts["step"] >= config.max_steps
+        completed = facts["step"] >= facts["max_steps"]
         if ranks.is_first:
             status = "completed" if completed else "stopped"
             run.write_outcome(start.attempt, status, **facts)
             print(f"{run.path}: {status}: {summary_line(facts)}")
-        return 0 if completed else stop.exit_code
+        return 0 if completed or (trainer.fast_dev_run and not stop()) else stop.exit_code
 
 
 def main() -> int:

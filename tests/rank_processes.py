@@ -39,7 +39,7 @@ def config(url: str, folder: Path, **changes: Any) -> Any:
         "optim": OptimConfig(lr=1e-2, warmup_steps=2),
         "parallel": ParallelConfig(strategy=changes.pop("strategy", "fsdp")),
         "precision": "fp32", "activation_checkpointing": "full", "global_batch": 8,
-        "micro_batch": 2, "max_steps": 40, "log_every_steps": 1, "save_every_steps": 7,
+        "micro_batch": 2, "max_steps": 24, "log_every_steps": 1, "save_every_steps": 5,
         "val_every_steps": 0, "val_rows": 8, "run": str(folder),
     }  # fmt: skip
     return Config(**{**settings, **changes})
@@ -87,7 +87,7 @@ class World:
         prepare: Prepare | None = None, *args: Any,
     ) -> None:  # fmt: skip
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*_PRELOAD, "recipes.pretrain"])
+        context.set_forkserver_preload(_PRELOAD)
         self._scratch = tempfile.TemporaryDirectory()
         self._logs = [Path(self._scratch.name) / f"{rank}.log" for rank in range(world_size)]
         rendezvous = f"{self._scratch.name}/rendezvous"

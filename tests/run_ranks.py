@@ -17,6 +17,11 @@ _PRELOAD = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "transformers.models.llama.modeling_llama",
+    # Importing does nothing in our rooms, so a fork of it is as good as a fresh import; the last
+    # two are what pyarrow imports when it first reads a file.
+    "recipes.pretrain",
+    "pyarrow.compute",
+    "pandas",
 ]
 
 

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from dist.audit import open_run_data, replay, sightings_of, who_saw
 from dist.dataset import Dataset
 from dist.errors import ConfigError, DataRefused
 from dist.lineage import lineage_hits, rows_of_key
-from dist.order import Order, OrderState, num_micro_batches, rank_span
+from dist.order import Order, num_micro_batches, rank_span
 from dist.run_dir import RunDir
 from dist.run_history import History, Segment, find_run, kept_segments, read_history
 from dist.shard_file import PackedShard
@@ -37,8 +36,6 @@ def trained(url: str, folder: str, changes: dict[str, Any]) -> list[tuple[int, i
 
     # What resuming forbids today and the audit must survive: another global batch.
     pretrain.MAY_CHANGE = (*pretrain.MAY_CHANGE, "global_batch")
-    stored, batch = OrderState.from_dict, changes.get("global_batch", 8)
-    pretrain.OrderState.from_dict = lambda record: replace(stored(record), batch=batch)
     received = []
     step = pretrain.Pretrain.training_step
 

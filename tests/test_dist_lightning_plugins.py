@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import torch
 import torch.distributed
 
 import dist.lightning_plugins
+from dist.audit import replay
 from dist.dataset import Dataset
 from dist.drain import StopFlag
 from dist.errors import SetupError
 from dist.lightning_plugins import LIGHTNING_HOOKS, check_lightning
 from dist.ranks import Ranks
+from dist.report_facts import read_facts
+from dist.run_dir import RunDir
 from tests.make_dataset import write_dataset
 from tests.run_ranks import run_ranks
 
@@ -37,9 +41,12 @@ def pretrain(url: str, folder: str, **changes: Any) -> int:
     from dist.optim import OptimConfig
     from dist.sharding import ParallelConfig
     from dist.start import DataConfig
+    from recipes import pretrain as recipe
     from recipes.llama import ModelConfig
     from recipes.pretrain import Config, run
 
+    # Two threads that wait for each other on busy cores made a step a hundred times slower.
+    recipe.share_cores = lambda *_: None
     settings = {
         "data": DataConfig(url=url),
         "model": ModelConfig(**SMALL),
@@ -155,6 +162,61 @@ def test_validation_and_saves_follow_optimizer_steps_across_resume(
 
 def call(url: str, folder: Path, changes: dict[str, Any]) -> int:
     return pretrain(url, str(folder), **changes)
+
+
+def ramped(url: str, folder: str) -> list[tuple[int, list[int]]]:
+    """Train two steps of 8 rows and then some of 7; (step, rows) as the model received them."""
+    from collections.abc import Iterator
+
+    import recipes.pretrain
+
+    class Ramp(recipes.pretrain.LoaderPlan):
+        def steps(self) -> Iterator[tuple[int, int, int]]:
+            if self.end_t is not None:  # validation
+                return super().steps()
+            return iter([(0, 0, 8), (1, 8, 16), (2, 16, 23), (3, 23, 30), (4, 30, 37)])
+
+    received = []
+    step = recipes.pretrain.Pretrain.training_step
+
+    def recorded(self: Any, batch: Any, batch_idx: int) -> Any:
+        received.append((batch.step, [row for row in batch.rows.tolist() if row >= 0]))
+        return step(self, batch, batch_idx)
+
+    recipes.pretrain.Pretrain.training_step = recorded  # type: ignore[method-assign]
+    recipes.pretrain.LoaderPlan = Ramp  # type: ignore[misc]
+    assert pretrain(url, folder, strategy="ddp", max_steps=5, val_every_steps=2) == 0
+    return received
+
+
+def test_records_say_what_was_trained_when_the_batch_changes(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    """One line of order.jsonl an attempt: the audit would look for rows in the wrong steps. And
+    the report's goodput needs the times."""
+    began = time.time()
+    [received] = run_ranks(ramped, 1, 240, dataset.storage.url, str(tmp_path / "run"))
+    run = RunDir(tmp_path / "run")
+    order = run.read_lines("order.jsonl")
+    keys = ("step0", "t0", "batch", "micro_batch", "attempt")
+    assert [tuple(line[key] for key in keys) for line in order] == [
+        (0, 0, 8, 2, 0),
+        (2, 16, 7, 2, 0),
+    ]
+    for step in range(5):
+        rows = [row for at, some in received if at == step for row in some]
+        assert [row.row for row in replay(run, step, text=False).rows] == rows, step
+    consumed = run.read_lines("consumed.jsonl")
+    times = [line["time"] for line in consumed]
+    assert times == sorted(times) and began < times[0] and times[-1] < time.time()
+    metrics = run.read_lines("metrics.jsonl")
+    validations = [line for line in metrics if "validation_loss" in line]
+    assert [line["step"] for line in validations] == [2, 4, 5]
+    assert all(line["validation_s"] > 0 for line in validations)
+    peaks = [line["peak_rss_bytes"] for line in metrics if "loss" in line]
+    assert all(1 << 25 < peak < 1 << 34 for peak in peaks)
+    facts = read_facts(run)
+    assert not facts.problems and facts.attempts[0].validation_s > 0
 
 
 def test_stop_flag_only_sets_a_flag() -> None:

@@ -1,6 +1,6 @@
 """Exact resume with real processes: kill anything at any step, go on as if nothing happened.
 
-The kill trials marked `slow` complete the twenty seeds; the default set holds two of each case.
+Lightning's options are in test_dist_trainer_options.py, stops on request in test_drain.py.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ import numpy as np
 import pytest
 import torch
 
-from dist.checkpoint import find_checkpoint
 from dist.dataset import Dataset
 from dist.order import Order
 from tests.make_dataset import write_dataset
 from tests.rank_processes import World, processes_of, train
+from tests.same_run import assert_same_run, last_attempts, lines
 
 ROOT = Path(__file__).parent.parent
 CASES = (("ddp", 1), ("ddp", 2), ("fsdp", 2))
-PEERS_END_WITHIN_S = 15.0
+STEPS = 24  # of rank_processes.config
+ALL_END_WITHIN_S = 15.0
+"""After a kill, on a machine whose cores are free; more in proportion to its load."""
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    # A few dozen rows, so that forty steps pass over several epochs.
+    # A few dozen rows, so that the steps pass over several epochs.
     return write_dataset(
         tmp_path_factory.mktemp("data"), documents=40, num_train_shards=2, with_tokenizer=False
     )
@@ -57,49 +59,6 @@ def reference(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Any
     return of
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's newest checkpoint: weights and optimizer state, unsharded."""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    found, _ = find_checkpoint(folder / "checkpoints")
-    assert found is not None
-    path = folder / "unsharded.pt"
-    dcp_to_torch_save(found, path)
-    state = torch.load(path)
-    flat = {f"{part}.{name}": value for part in state for name, value in state[part].items()}
-    assert any(name.startswith("optimizer.") for name in flat) and len(flat) > 20
-    return flat
-
-
-def lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    found = []
-    for line in (folder / name).read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # torn by the kill
-    return found
-
-
-def last_attempts(folder: Path, name: str, *keys: str) -> list[tuple[Any, ...]]:
-    """A log by step, the last attempt of a step counting."""
-    by_step = {line["step"]: line for line in lines(folder, name) if all(k in line for k in keys)}
-    return [tuple(by_step[step][k] for k in ("step", *keys)) for step in sorted(by_step)]
-
-
-def assert_same_run(folder: Path, whole: Path) -> None:
-    """Bit for bit: weights, optimizer, what was consumed, and every loss."""
-    one, other = tensors(folder), tensors(whole)
-    assert one.keys() == other.keys()
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not different, f"differ: {different[:5]} ({len(different)} of {len(one)})"
-    keys = ("t0", "t1", "batch", "targets")
-    consumed = last_attempts(folder, "consumed.jsonl", *keys)
-    assert consumed == last_attempts(whole, "consumed.jsonl", *keys)
-    losses = last_attempts(folder, "metrics.jsonl", "loss")
-    assert losses == last_attempts(whole, "metrics.jsonl", "loss")
-
-
 def killed_at(rank: int, victim: int, step: int, micro: int, delay_s: float) -> None:
     """On the victim: SIGKILL itself `delay_s` after a micro-batch begins, wherever it is then."""
     if rank != victim:
@@ -119,12 +78,7 @@ def killed_at(rank: int, victim: int, step: int, micro: int, delay_s: float) -> 
 
 def trials() -> list[Any]:
     """Twenty seeds over three cases; victims, steps and moments by the seed."""
-    chosen = []
-    for seed in range(20):
-        strategy, world_size = CASES[seed % len(CASES)]
-        marks = [] if seed < 6 else [pytest.mark.slow]
-        chosen.append(pytest.param(seed, strategy, world_size, marks=marks))
-    return chosen
+    return [(seed, *CASES[seed % len(CASES)]) for seed in range(20)]
 
 
 @pytest.mark.parametrize(("seed", "strategy", "world_size"), trials())
@@ -138,7 +92,7 @@ def test_killed_and_restarted_equals_uninterrupted(
     # Rank 0 and rank 1 in turn.
     victim = (seed // len(CASES)) % world_size
     micro = choose.randrange(4 // world_size)
-    moment = (victim, choose.randrange(1, 39), micro, choose.uniform(0.0, 0.03))
+    moment = (victim, choose.randrange(1, STEPS - 1), micro, choose.uniform(0.0, 0.03))
     with World(url, tmp_path / "run", world_size, changes, killed_at, *moment) as world:
         codes = world.wait(60.0)
         assert codes[victim] == -signal.SIGKILL
@@ -230,7 +184,8 @@ def test_ranks_4_2_3_4_see_the_same_batches(dataset: Dataset, tmp_path: Path) ->
     assert [line["attempt"] for line in order] == [0, 1, 2, 3]
     assert all(line["t0"] == 10 * line["step0"] for line in order) and order[1]["step0"] > 1
     assert set(order[0]) == {
-        "step0", "t0", "batch", "world_size", "accumulation", "attempt", "seed", "data_digest",
+        "step0", "t0", "batch", "micro_batch", "world_size", "accumulation", "attempt", "seed",
+        "data_digest",
     }  # fmt: skip
 
 
@@ -314,77 +269,23 @@ def test_max_epochs_is_that_many_times_every_row(dataset: Dataset, tmp_path: Pat
     assert segments(dataset, tmp_path / "run", [(1, 3, None)], {**changes, "max_epochs": 2}) == {}
 
 
-def lightning_options(rank: int, options: dict[str, Any], fit: dict[str, Any]) -> None:
-    """Give Lightning's Trainer, or its fit, more options than the recipe does."""
-    from recipes import pretrain
-
-    original = pretrain.Trainer
-
-    def trainer(**given: Any) -> Any:
-        made = original(**{**given, **options})
-        inner = made.fit
-        made.fit = lambda *args, **kwargs: inner(*args, **{**kwargs, **fit})
-        return made
-
-    pretrain.Trainer = trainer  # type: ignore[assignment]
-
-
-@pytest.mark.parametrize("options", [{"num_sanity_val_steps": 2}, {"limit_val_batches": 1}])
-def test_lightnings_validation_options_change_no_step(
-    dataset: Dataset, tmp_path: Path, reference: Any, options: dict[str, Any]
-) -> None:
-    """The sanity check draws batches and counts them; that must not move the training data, nor
-    pass for a validation of the run."""
-    changes = {"max_steps": 14, "val_every_steps": 5}
-    whole = reference("ddp", 1, **changes)
-    changes = {**changes, "strategy": "ddp"}
-    url = dataset.storage.url
-    arguments = (lightning_options, options, {})
-    codes = train(url, tmp_path / "run", 1, changes, *arguments)
-    assert codes == [0]
-    assert_same_run(tmp_path / "run", whole)
-    steps = [
-        step for step, _ in last_attempts(tmp_path / "run", "metrics.jsonl", "validation_loss")
-    ]
-    assert steps == [5, 10, 14]
-
-
-@pytest.mark.parametrize(
-    ("options", "fit", "named"),
-    [
-        ({"limit_train_batches": 5}, {}, "limit_train_batches"),
-        ({"overfit_batches": 2}, {}, "overfit_batches"),
-        ({"fast_dev_run": True}, {}, "fast_dev_run"),
-        ({"max_epochs": 3}, {}, "max_epochs"),
-        ({"max_steps": -1, "max_epochs": -1}, {}, "max_steps"),
-        ({"accumulate_grad_batches": 3}, {}, "accumulate_grad_batches"),
-        ({}, {"ckpt_path": "last.ckpt"}, "ckpt_path"),
-    ],
-)
-def test_lightnings_inexact_options_are_refused_by_name(
-    dataset: Dataset, tmp_path: Path, options: dict[str, Any], fit: dict[str, Any], named: str
-) -> None:
-    """Each would repeat or lose samples of a resumed run, in silence."""
-    arguments = (lightning_options, options, fit)
-    with World(dataset.storage.url, tmp_path / "run", 1, {"max_steps": 4}, *arguments) as world:
-        assert world.wait(60.0) == [2], world.said(0)
-        said = [line for line in world.said(0).splitlines() if line.startswith("error:")]
-    assert len(said) == 1 and named in said[0]
-
-
-def agent(url: str, folder: Path, tag: str) -> subprocess.Popen[str]:
-    """The command of `reference("fsdp", 2)` through torchrun's agent."""
-    words = [sys.executable, "-m", "launch.agent", "--standalone", "--local-addr=127.0.0.1"]
-    words += ["--nproc-per-node=2", "-m", "--", "recipes.pretrain", "--data.url", url]
-    words += ["--run", str(folder), "--precision=fp32", "--activation_checkpointing=full"]
+def command(launcher: list[str], url: str, folder: Path) -> list[str]:
+    """The run of `reference("fsdp", 2)` by a command line."""
+    words = [sys.executable, "-m", *launcher, "--data.url", url, "--run", str(folder)]
+    words += ["--precision=fp32", "--activation_checkpointing=full"]
     words += ["--model.hidden_size=48", "--model.num_layers=1", "--model.num_heads=4"]
     words += ["--model.num_kv_heads=2", "--model.intermediate_size=80"]
     words += ["--model.attention_dropout=0.1", "--model.residual_dropout=0.1"]
     words += ["--optim.lr=0.01", "--optim.warmup_steps=2", "--global_batch=8", "--micro_batch=2"]
-    words += ["--max_steps=40", "--log_every_steps=1", "--save_every_steps=7", "--val_rows=8"]
-    env = {**os.environ, "LEYDEN_LAUNCH": tag, "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(words, cwd=ROOT, env=env, **pipes)
+    return [
+        *words,
+        *(f"--max_steps={STEPS}", "--log_every_steps=1", "--save_every_steps=5", "--val_rows=8"),
+    ]
+
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+TORCHRUN += ["--nproc-per-node=2", "-m", "--", "recipes.pretrain"]
+LEYDEN = ["launch.cli", "train", "pretrain", "--nproc", "2"]
 
 
 def wait_until(true: Any, timeout_s: float, what: str) -> None:
@@ -395,33 +296,82 @@ def wait_until(true: Any, timeout_s: float, what: str) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    "victim", ["agent", pytest.param("rank", marks=pytest.mark.slow)]
-)  # fmt: skip
-def test_torchrun_killed_and_restarted(
-    dataset: Dataset, reference: Any, tmp_path: Path, victim: str
+def wait_ended(front: subprocess.Popen[str], folder: Path, victim: str) -> None:
+    """Until no process carries the run's folder in its command line or environment."""
+    within_s = ALL_END_WITHIN_S * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    until = time.monotonic() + within_s
+    while front.poll() is None or processes_of(str(folder)):
+        if time.monotonic() > until:
+            left = [(pid, words_of(pid)[:6]) for pid in processes_of(str(folder))]
+            raise TimeoutError(f"{within_s:.0f} s after {victim} there are still {left}")
+        time.sleep(0.05)
+
+
+def words_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
+def rank_of(pid: int) -> int:
+    """The rank that the process was started as; -1 for a launcher."""
+    for item in Path(f"/proc/{pid}/environ").read_text().split("\0"):
+        if item.startswith("RANK="):
+            return int(item.removeprefix("RANK="))
+    return -1
+
+
+def hit(victim: str, front: subprocess.Popen[str], family: list[int]) -> None:
+    """Kill one process of a launch, or press Ctrl-C in its terminal."""
+    if victim == "ctrl-c":
+        os.killpg(front.pid, signal.SIGINT)
+        return
+    if victim == "front":
+        front.kill()
+        return
+    found = [
+        pid
+        for pid in family
+        if (victim == f"rank {rank_of(pid)}")
+        or (victim == "agent" and rank_of(pid) < 0 and "launch.agent" in words_of(pid))
+    ]
+    assert len(found) == 1, (victim, [words_of(pid) for pid in family])
+    os.kill(found[0], signal.SIGKILL)
+
+
+@pytest.mark.timeout(600)
+def test_whatever_is_killed_nothing_of_the_run_is_left(
+    dataset: Dataset, reference: Any, tmp_path: Path
 ) -> None:
-    """Ranks that outlive their agent train on without a store, and a restart would be refused
-    by their lease, or write beside them."""
-    url, folder, tag = dataset.storage.url, tmp_path / "run", f"t-{tmp_path.name}-{os.getpid()}"
-    started = agent(url, folder, tag)
-    try:
-        consumed = folder / "consumed.jsonl"
-        wait_until(
-            lambda: consumed.exists() and len(lines(folder, consumed.name)) >= 9, 90, "step 9"
+    """Ranks that outlive their agent, or an agent that outlives `leyden train`, train on beside
+    the restart, or hold its lease. One run is killed in every way, and is exact all the same."""
+    url, folder = dataset.storage.url, tmp_path / "run"
+    consumed = folder / "consumed.jsonl"
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    kills = [
+        (TORCHRUN, "front", (-9,)), (TORCHRUN, "rank 1", (1,)), (LEYDEN, "rank 0", (1, 137)),
+        (LEYDEN, "agent", (137,)), (LEYDEN, "front", (-9,)), (LEYDEN, "ctrl-c", (75,)),
+    ]  # fmt: skip
+    for number, (launcher, victim, codes) in enumerate(kills):
+        front = subprocess.Popen(
+            command(launcher, url, folder), cwd=ROOT, env=env, start_new_session=True, **pipes
         )
-        others = [pid for pid in processes_of(tag) if pid != started.pid]
-        os.kill(started.pid if victim == "agent" else others[-1], signal.SIGKILL)
-        wait_until(lambda: not set(processes_of(tag)) - {started.pid}, 15, "the end of all ranks")
-        output, _ = started.communicate(timeout=15)
-        assert started.returncode in ((-9,) if victim == "agent" else (1, 137)), output
-        if victim == "rank":
-            assert "another rank ended" in output and "Traceback" not in output
-        second = agent(url, folder, tag)
-        output, _ = second.communicate(timeout=90)
-        assert second.returncode == 0, output
-        assert not processes_of(tag)
-    finally:
-        for pid in processes_of(tag):
-            os.kill(pid, signal.SIGKILL)
+        try:
+            wait_until(
+                lambda number=number: consumed.exists()
+                and lines(folder, consumed.name)[-1]["attempt"] == number,
+                150, f"the first step of attempt {number}",
+            )  # fmt: skip
+            family = processes_of(str(folder))
+            assert len(family) >= 3, "the front or agent and two ranks carry the run's folder"
+            hit(victim, front, family)
+            wait_ended(front, folder, victim)
+            output, _ = front.communicate(timeout=15)
+            assert front.returncode in codes, (victim, front.returncode, output)
+            if victim.startswith("rank") and launcher is LEYDEN:
+                assert "another rank ended" in output and "Traceback" not in output, output
+        finally:
+            for pid in processes_of(str(folder)):
+                os.kill(pid, signal.SIGKILL)
+            front.wait()
+    assert train(url, folder, 2, {"strategy": "fsdp"}) == [0, 0]
     assert_same_run(folder, reference("fsdp", 2))

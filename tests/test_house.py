@@ -25,7 +25,7 @@ FLOORS: dict[int, set[str]] = {
     },
     1: {
         *{"audit", "baselines", "commit", "config", "dataset", "lineage", "mixture", "order"},
-        *{"packing", "progress", "report", "report_facts", "report_html", "run_history"},
+        *{"packing", "passes", "progress", "report", "report_facts", "report_html", "run_history"},
         *{"shard_file", "storage", "svg_chart", "tokenizer", "verify"},
     },
     2: {
