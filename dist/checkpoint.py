@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.fsdp import FSDPModule
 
-from dist.checkpoint_files import HashedFiles
 from dist.checkpoint_folder import (
     STATE,
     check_files,
@@ -33,9 +31,10 @@ from dist.checkpoint_folder import (
     read_record,
     write_commit,
 )
-from dist.errors import ConfigError, SetupError, describe
-from dist.local_files import sync_folder
+from dist.checkpoint_url import files_to_write, reader_of
+from dist.errors import ConfigError, LeydenError, SetupError, describe
 from dist.mesh import host_group
+from dist.url_path import Place
 
 # What callers need of a checkpoint, in one place.
 __all__ = [
@@ -56,20 +55,20 @@ class SaveFailed(SetupError):
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]
+    folder: Place, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]
 ) -> None:
     """Write a complete checkpoint now; all ranks call it. `record` is JSON, the same on all ranks.
 
     Model parameters are saved in fp32 as they are held, each rank its own part.
     """
-    _write(folder, _state(model, optimizer), record, None, None)
+    _write(folder, _state(model, optimizer), record, None, None, None)
 
 
 @dataclass
 class Saved:
     """How a save ended, the same on all ranks but for the seconds."""
 
-    folder: Path
+    folder: Place
     failure: str = ""
     """Why it failed; '' if the checkpoint is there."""
     stall_s: float = 0.0
@@ -101,17 +100,19 @@ class CheckpointSaver:
 
     def start(
         self,
-        folder: Path,
+        folder: Place,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         record: dict[str, Any],
         *,
         validation_loss: float | None = None,
+        before_commit: Callable[[], None] | None = None,
         then: Callable[[Saved], None] | None = None,
     ) -> None:
         """Copy the tensors, then write them in the background; wait() must have been called.
 
-        `then` is called on rank 0's thread when the save has ended, before wait() returns.
+        On rank 0's thread `before_commit` is called before the checkpoint appears (an error there
+        is the save's) and `then` when the save has ended, before wait() returns.
         """
         if self._thread is not None:
             raise RuntimeError("wait() for the previous save first")
@@ -123,7 +124,7 @@ class CheckpointSaver:
         def write() -> None:
             start = time.perf_counter()
             try:
-                _write(folder, staged, record, validation_loss, self._group)
+                _write(folder, staged, record, validation_loss, self._group, before_commit)
             except Exception as error:
                 saved.failure = str(error) or repr(error)
             saved.write_s = time.perf_counter() - start
@@ -149,15 +150,16 @@ class CheckpointSaver:
 
 
 def _write(
-    folder: Path,
+    folder: Place,
     state: Any,
     record: dict[str, Any],
     validation_loss: float | None,
     group: torch.distributed.ProcessGroup | None,
+    before_commit: Callable[[], None] | None,
 ) -> None:
     """Write, confirm on all ranks, commit on rank 0. Raises SaveFailed on all ranks or none."""
     rank, world_size = _rank_and_world()
-    files = HashedFiles(folder, makes_folder=rank == 0)
+    files = files_to_write(folder, makes_folder=rank == 0)
     failure = ""
     try:
         with warnings.catch_warnings():
@@ -170,7 +172,7 @@ def _write(
             )
         if rank == 0:
             files.write(STATE, json.dumps(record, indent=1, sort_keys=True).encode())
-        sync_folder(folder)
+        files.sync()
     except CheckpointException as error:
         # What every rank reported, DCP has told to all of them.
         failure = "; ".join(f"rank {r}: {_say(e)}" for r, (e, _) in sorted(error.failures.items()))
@@ -184,6 +186,8 @@ def _write(
     if rank == 0:
         try:
             if not failures:
+                if before_commit is not None:
+                    before_commit()
                 listed = {name: facts for written, _ in reports for name, facts in written.items()}
                 write_commit(folder, listed, validation_loss)
         except Exception as error:
@@ -203,15 +207,15 @@ def _say(error: BaseException) -> str:
     return said[0] if said else repr(error)
 
 
-def _give_up(folder: Path) -> None:
+def _give_up(folder: Place) -> None:
     """Free the space of a failed save; what cannot be deleted now goes at the next start."""
     try:
         delete_checkpoint(folder)
-    except OSError:
+    except (OSError, LeydenError):
         return
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(folder: Place, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Read a checkpoint's tensors into a model and its optimizer; all ranks call it.
 
     The caller has checked the files (find_checkpoint does): `.metadata` is a pickle.
@@ -221,7 +225,9 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Tensors are filled in place: these are the model's and the optimizer's own.
-        dcp.load(_state(model, optimizer), checkpoint_id=folder, no_dist=world_size == 1)
+        dcp.load(
+            _state(model, optimizer), storage_reader=reader_of(folder), no_dist=world_size == 1
+        )
 
 
 def check_same_run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Protocol
 
 from pytorch_lightning import Callback, Trainer
@@ -19,10 +18,13 @@ from dist.checkpoint import (
     load_checkpoint,
 )  # fmt: skip
 from dist.checkpoint_folder import checkpoint_name, newer_than, remove_leftovers, retire
+from dist.errors import LeydenError
+from dist.folder_files import files_of
 from dist.lightning_plugins import StopRun
 from dist.mesh import PeerFailed
 from dist.run_dir import RunDir
 from dist.run_recorder import RunRecorder
+from dist.url_path import Place
 
 # A rank that failed in training lets its save end, for as long as a stopping job has time.
 LAST_SAVE_TIMEOUT_S = 10.0
@@ -50,15 +52,17 @@ class Checkpoints(Callback):
 
     A save that is due together with a validation comes after it. Files are written while
     training goes on; the next save, the end of the run and a stop wait until they are durable.
-    A failed save is a warning, max_failed_saves of them in a row are SaveFailed. `record` is
-    JSON that goes with the tensors.
+    A failed save is a warning, max_failed_saves of them in a row are SaveFailed; a save fails too
+    where the run's logs cannot be written. `record` is JSON that goes with the tensors, `folder`
+    where all checkpoints of the run are (None: as run.json says).
     """
 
     def __init__(
         self, run: RunDir, recorder: RunRecorder, record: dict[str, Any], *,
-        attempt: int, config: SaveConfig, resume_from: Any = None,
-        may_change: Iterable[str] = (),
+        attempt: int, config: SaveConfig, folder: Place | None = None,
+        resume_from: Any = None, may_change: Iterable[str] = (),
     ) -> None:  # fmt: skip
+        self._folder = folder if folder is not None else run.checkpoints
         self._run, self._recorder, self._record = run, recorder, record
         self._attempt, self._config, self._resume_from = attempt, config, resume_from
         self._may_change = tuple(may_change)
@@ -68,7 +72,7 @@ class Checkpoints(Callback):
         self._failed_saves = 0
         self.saved_step = -1
 
-    def go_on_from(self, folder: Path, record: dict[str, Any]) -> None:
+    def go_on_from(self, folder: Place, record: dict[str, Any]) -> None:
         """Load this checkpoint when fit starts; ConfigError if it is of other settings."""
         now = self._record["config"]
         check_same_run(record["config"], now, self._may_change, f"the run of {folder}")
@@ -76,6 +80,7 @@ class Checkpoints(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._saver = CheckpointSaver(trainer.strategy.root_device)
+        files_of(self._folder)  # a store whose package this rank lacks is found out now
         found = self._resume_from[0] if self._resume_from is not None else None
         if trainer.is_global_zero:
             self._clean_up(found)
@@ -154,11 +159,13 @@ class Checkpoints(Callback):
         }
         self.saved_step = step
         self._saver.start(
-            self._run.checkpoints / checkpoint_name(step, self._attempt),
+            self._folder / checkpoint_name(step, self._attempt),
             pl_module.net,
             trainer.optimizers[0],
             record,
             validation_loss=pl_module.validation[0] if self._validated_step == step else None,
+            # consumed.jsonl must hold every step that a checkpoint covers.
+            before_commit=self._run.flush,
             then=self._after,
         )
 
@@ -192,16 +199,16 @@ class Checkpoints(Callback):
         try:
             if not saved.failure:
                 keep, keep_best = self._config.keep, self._config.keep_best
-                retire(self._run.checkpoints, keep, keep_best, ignore=self._damaged)
+                retire(self._folder, keep, keep_best, ignore=self._damaged)
             self._run.append("ledger.jsonl", {**record, "attempt": self._attempt})
-        except OSError as error:
+        except (OSError, LeydenError) as error:
             print(f"warning: after {saved.folder.name}: {error}", file=sys.stderr)
 
-    def _clean_up(self, found: Path | None) -> None:
+    def _clean_up(self, found: Place | None) -> None:
         """Before the first save: what dead attempts left half-written goes."""
-        self._damaged = newer_than(self._run.checkpoints, found, self._attempt)
         try:
-            for name in remove_leftovers(self._run.checkpoints, self._attempt):
+            self._damaged = newer_than(self._folder, found, self._attempt)
+            for name in remove_leftovers(self._folder, self._attempt):
                 print(f"deleted the unfinished checkpoint {name}", file=sys.stderr)
-        except OSError as error:
+        except (OSError, LeydenError) as error:
             print(f"warning: cannot delete unfinished checkpoints: {error}", file=sys.stderr)

@@ -51,7 +51,7 @@ class HashedFiles(FileSystem):
         if mode != "wb":
             raise ValueError(f"{path}: only written files are hashed, not mode {mode!r}")
         with open(path, "xb", buffering=_BUFFER_BYTES) as file:
-            stream = _HashedStream(file)
+            stream = HashedStream(file)
             try:
                 yield stream
             except Exception:
@@ -61,7 +61,7 @@ class HashedFiles(FileSystem):
             file.flush()
             os.fsync(file.fileno())
         name = Path(path).name
-        self.written[name] = {"bytes": stream.tell(), "sha256": stream.sha256.hexdigest()}
+        self.written[name] = stream.facts()
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         os.rename(path, new_path)
@@ -72,8 +72,12 @@ class HashedFiles(FileSystem):
         with self.create_stream(self.folder / name, "wb") as stream:
             stream.write(data)
 
+    def sync(self) -> None:
+        """Make the files' names durable."""
+        sync_folder(self.folder)
 
-class _HashedStream:
+
+class HashedStream:
     """A file being written; never seeks, so its position is what was written."""
 
     def __init__(self, file: Any) -> None:
@@ -92,6 +96,10 @@ class _HashedStream:
             raise
         self._position += count
         return count
+
+    def facts(self) -> dict[str, Any]:
+        """Size and digest of what was meant to be written."""
+        return {"bytes": self._position, "sha256": self.sha256.hexdigest()}
 
     def tell(self) -> int:
         return self._position

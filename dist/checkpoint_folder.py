@@ -6,6 +6,7 @@
         COMMIT.json                     every file's size and SHA-256; written last, atomically
 
 A folder without COMMIT.json does not exist: it is being written, or was left by a kill.
+The folders are local, or objects under a URL (dist/folder_files.py knows both).
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import hashlib
 import json
 import math
 import re
-import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-from dist.local_files import sync_folder, write_atomic
+from dist.folder_files import files_of
+from dist.url_path import Place
 
 FORMAT_VERSION = 1
 COMMIT = "COMMIT.json"
@@ -33,32 +34,37 @@ def checkpoint_name(step: int, attempt: int) -> str:
 
 
 def write_commit(
-    folder: Path, files: dict[str, dict[str, Any]], validation_loss: float | None = None
+    folder: Place, files: dict[str, dict[str, Any]], validation_loss: float | None = None
 ) -> None:
     """Make `folder` a checkpoint: {name: {"bytes", "sha256"}} of its files, which are durable.
 
     `validation_loss` is that of the saved step; retention ranks by it.
     """
-    step, attempt = _step_and_attempt(folder)
+    step, attempt = _step_and_attempt(folder.name)
     commit: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "attempt": attempt}
-    write_atomic(
-        folder / COMMIT, _encode({**commit, "files": files, "validation_loss": validation_loss})
-    )
+    data = _encode({**commit, "files": files, "validation_loss": validation_loss})
+    files_of(folder).publish(COMMIT, data)
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Place) -> dict[str, Any]:
     """The JSON record of a checkpoint."""
-    return dict(json.loads((folder / STATE).read_bytes()))
+    return dict(json.loads(files_of(folder).read(STATE)))
 
 
-def find_checkpoint(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint and, for each newer one passed over, why.
+@overload
+def find_checkpoint(checkpoints: Path, *, step: int = 0) -> tuple[Path | None, list[str]]: ...
+@overload
+def find_checkpoint(checkpoints: Place, *, step: int = 0) -> tuple[Place | None, list[str]]: ...
+def find_checkpoint(checkpoints: Place, *, step: int = 0) -> tuple[Place | None, list[str]]:
+    """The newest valid checkpoint (of `step`, if given) and why newer ones were passed over.
 
     Newest: the highest step of the highest attempt, as an attempt goes on from what the earlier
     ones left. Valid: COMMIT.json is there and every file has its size and digest.
     """
     passed_over: list[str] = []
     for folder in _by_age(checkpoints):
+        if step and _step_and_attempt(folder.name)[0] != step:
+            continue
         problem = check_files(folder)
         if not problem:
             return folder, passed_over
@@ -66,8 +72,14 @@ def find_checkpoint(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def check_files(folder: Path) -> str:
+def saved_steps(checkpoints: Place) -> list[int]:
+    """Steps that there are folders of, valid or not, in order."""
+    return sorted({_step_and_attempt(folder.name)[0] for folder in _by_age(checkpoints)})
+
+
+def check_files(folder: Place) -> str:
     """What makes a checkpoint invalid, '' if nothing does. Reads every byte."""
+    files = files_of(folder)
     try:
         commit = _read_commit(folder)
     except FileNotFoundError:
@@ -76,29 +88,32 @@ def check_files(folder: Path) -> str:
         return f"{COMMIT} cannot be read: {error.strerror}"
     except ValueError as error:
         return str(error)
+    listed: dict[str, dict[str, Any]] = commit["files"]
     try:
-        for name, facts in commit["files"].items():
-            path = folder / name
-            if not path.is_file():
+        sizes = files.sizes()
+        for name, facts in listed.items():
+            if name not in sizes:
                 return f"{name} is missing"
-            if path.stat().st_size != facts["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {facts['bytes']}"
-        found = _hash_files(folder / name for name in commit["files"])
+            if sizes[name] != facts["bytes"]:
+                return f"{name} has {sizes[name]} bytes instead of {facts['bytes']}"
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = pool.map(lambda name: files.sha256(name, sizes[name]), listed)
+            digests = dict(zip(listed, found, strict=True))
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
-    damaged = [name for name, facts in found.items() if facts != commit["files"][name]]
+    damaged = [name for name, facts in listed.items() if facts["sha256"] != digests[name]]
     return f"another SHA-256: {', '.join(sorted(damaged))}" if damaged else ""
 
 
 def retire(
-    checkpoints: Path, keep: int, keep_best: int = 0, *, ignore: Collection[str] = ()
+    checkpoints: Place, keep: int, keep_best: int = 0, *, ignore: Collection[str] = ()
 ) -> list[str]:
     """Delete all checkpoints but the newest `keep` and the `keep_best` of lowest validation loss.
 
     The newest always stays. Folders in `ignore` (known to be damaged) and uncommitted ones are
     neither counted nor deleted. Returns the names of the deleted.
     """
-    committed: list[tuple[Path, float]] = []
+    committed: list[tuple[Place, float]] = []
     for folder in _by_age(checkpoints):
         if folder.name in ignore:
             continue
@@ -115,18 +130,12 @@ def retire(
     return [folder.name for folder in deleted]
 
 
-def delete_checkpoint(folder: Path) -> None:
+def delete_checkpoint(folder: Place) -> None:
     """Delete a checkpoint; killed in the middle, what is left does not look like one."""
-    try:
-        (folder / COMMIT).unlink(missing_ok=True)
-        # The files must not be gone before the commit is, whatever order the disk prefers.
-        sync_folder(folder)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(folder)
+    files_of(folder).delete(COMMIT)
 
 
-def remove_leftovers(checkpoints: Path, attempt: int) -> list[str]:
+def remove_leftovers(checkpoints: Place, attempt: int) -> list[str]:
     """Delete the uncommitted folders of attempts before `attempt`; returns their names.
 
     The caller holds the run's lease, so those attempts are dead.
@@ -134,39 +143,36 @@ def remove_leftovers(checkpoints: Path, attempt: int) -> list[str]:
     left = [
         folder
         for folder in _by_age(checkpoints)
-        if _step_and_attempt(folder)[1] < attempt and not (folder / COMMIT).exists()
+        if _step_and_attempt(folder.name)[1] < attempt and COMMIT not in files_of(folder).sizes()
     ]
     for folder in left:
-        shutil.rmtree(folder)
+        delete_checkpoint(folder)
     return [folder.name for folder in left]
 
 
-def newer_than(checkpoints: Path, found: Path | None, attempt: int) -> frozenset[str]:
+def newer_than(checkpoints: Place, found: Place | None, attempt: int) -> frozenset[str]:
     """Checkpoints of earlier attempts that find_checkpoint passed over to reach `found`."""
     names = []
     for folder in _by_age(checkpoints):
         if found is not None and folder.name == found.name:
             break
-        if _step_and_attempt(folder)[1] < attempt:
+        if _step_and_attempt(folder.name)[1] < attempt:
             names.append(folder.name)
     return frozenset(names)
 
 
-def _step_and_attempt(folder: Path) -> tuple[int, int]:
-    match = _NAME.fullmatch(folder.name)
+def _step_and_attempt(name: str) -> tuple[int, int]:
+    match = _NAME.fullmatch(name)
     if match is None:
-        raise ValueError(f"{folder.name} is no checkpoint's name: step-<n>-a<attempt>")
+        raise ValueError(f"{name} is no checkpoint's name: step-<n>-a<attempt>")
     return int(match[1]), int(match[2])
 
 
-def _by_age(checkpoints: Path) -> list[Path]:
+def _by_age(checkpoints: Place) -> list[Place]:
     """Checkpoint folders, committed or not, newest first."""
-    found = [
-        path
-        for path in (checkpoints.iterdir() if checkpoints.is_dir() else ())
-        if _NAME.fullmatch(path.name)
-    ]
-    return sorted(found, key=lambda path: _step_and_attempt(path)[::-1], reverse=True)
+    names = [name for name in files_of(checkpoints).folders() if _NAME.fullmatch(name)]
+    names.sort(key=lambda name: _step_and_attempt(name)[::-1], reverse=True)
+    return [checkpoints / name for name in names]
 
 
 def _encode(commit: dict[str, Any]) -> bytes:
@@ -176,9 +182,9 @@ def _encode(commit: dict[str, Any]) -> bytes:
     return (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _read_commit(folder: Path) -> dict[str, Any]:
+def _read_commit(folder: Place) -> dict[str, Any]:
     """COMMIT.json; ValueError says what is wrong with it, FileNotFoundError that it is absent."""
-    data = (folder / COMMIT).read_bytes()
+    data = files_of(folder).read(COMMIT)
     try:
         commit = json.loads(data)
         version = commit["format_version"]
@@ -186,6 +192,8 @@ def _read_commit(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{COMMIT} is not JSON with a format version") from None
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version!r}, this Leyden has {FORMAT_VERSION}")
+    if "sha256" not in commit:
+        raise ValueError(f"{COMMIT} is of an older format, without a SHA-256 of its own content")
     content = {key: value for key, value in commit.items() if key != "sha256"}
     if data != _encode(content):
         raise ValueError(f"{COMMIT} is damaged: its content does not match its SHA-256")
@@ -193,13 +201,3 @@ def _read_commit(folder: Path) -> dict[str, Any]:
     if named != folder.name:
         raise ValueError(f"{COMMIT} is that of {named}; was the folder renamed?")
     return content
-
-
-def _hash_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    def facts(path: Path) -> tuple[str, dict[str, Any]]:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return path.name, {"bytes": path.stat().st_size, "sha256": digest}
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        return dict(pool.map(facts, paths))

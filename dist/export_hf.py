@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
+import socket
+import sys
 import uuid
 import warnings
 from collections.abc import Callable
@@ -22,8 +25,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from dist.checkpoint_url import reader_of
 from dist.errors import ConfigError, DataRefused
 from dist.model_folder import write_record
+from dist.url_path import Place
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PAD_TEXTS = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>")
@@ -59,7 +64,7 @@ def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def load_weights(checkpoint: Path, model: nn.Module, prefix: str = "model.") -> None:
+def load_weights(checkpoint: Place, model: nn.Module, prefix: str = "model.") -> None:
     """Fill a model's parameters and persistent buffers from a checkpoint, in this process alone.
 
     `prefix` stands before the names in the checkpoint, where the model was part of a larger
@@ -71,7 +76,7 @@ def load_weights(checkpoint: Path, model: nn.Module, prefix: str = "model.") -> 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DCP warns that there is no process group
-            dcp.load({"model": tensors}, checkpoint_id=checkpoint, no_dist=True)
+            dcp.load({"model": tensors}, storage_reader=reader_of(checkpoint), no_dist=True)
     except (RuntimeError, ValueError, KeyError, dcp.CheckpointException) as error:
         first = str(error).strip().splitlines()[-1]
         raise DataRefused(
@@ -98,8 +103,10 @@ def write_folder(
     if folder.exists():
         raise ConfigError(f"{folder} exists; exports are not overwritten: give another --output")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
     # ".tmp": git ignores it, and a person who finds it after a power cut knows what it is.
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    owner = f"{socket.gethostname()}.{os.getpid()}"
+    temporary = folder.with_name(f".{folder.name}.{owner}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir()
         try:
@@ -122,6 +129,22 @@ def write_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return size
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what killed exports to `folder` left, if they ran on this machine."""
+    ours = re.escape(f".{folder.name}.{socket.gethostname()}.") + r"(\d+)\.[0-9a-f]{8}\.tmp"
+    for path in folder.parent.iterdir():
+        match = re.fullmatch(ours, path.name)
+        if match is None or int(match[1]) == os.getpid():
+            continue
+        try:
+            os.kill(int(match[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+            print(f"deleted {path}, which a killed export had left", file=sys.stderr)
+        except OSError:
+            continue  # alive, and somebody else's
 
 
 def _umask() -> int:

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,8 +94,10 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        if self._mine():
-            self._store.delete(self._name)
+        # On a disk that has become read-only it stays, and is void once this process is gone.
+        with suppress(OSError):
+            if self._mine():
+                self._store.delete(self._name)
 
     def check(self) -> None:
         """Raise if the lease was taken over meanwhile; call before publishing anything."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from pytorch_lightning import Trainer
@@ -26,9 +25,11 @@ from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnect
 
 from dist.checkpoint_folder import COMMIT, check_files, find_checkpoint, read_record
 from dist.errors import ConfigError, SetupError
+from dist.folder_files import files_of
 from dist.mesh import on_rank_zero
 from dist.passes import Course, Limits, Standing, plan_course
 from dist.run_recorder import RunRecorder
+from dist.url_path import Place, place_of
 
 # Private names of Lightning that this file stands on.
 LIGHTNING_HOOKS: tuple[tuple[type, str], ...] = (
@@ -71,7 +72,7 @@ def check_lightning() -> None:
 class Resumable(Protocol):
     """A callback that can go on from a checkpoint: RunRecorder, Checkpoints."""
 
-    def go_on_from(self, folder: Path, record: dict[str, Any]) -> None: ...
+    def go_on_from(self, folder: Place, record: dict[str, Any]) -> None: ...
 
 
 class StepLoop(_TrainingEpochLoop):
@@ -156,7 +157,7 @@ def _go_on_from(trainer: Trainer, recorder: RunRecorder, given: Any) -> None:
             "fit(ckpt_path=...) needs dist.checkpoint_callback.Checkpoints among the callbacks"
         )
 
-    def choose() -> tuple[Path, dict[str, Any]] | None:
+    def choose() -> tuple[Place, dict[str, Any]] | None:
         folder = _checkpoint_of(given, recorder)
         if folder is None:
             return None
@@ -171,12 +172,12 @@ def _go_on_from(trainer: Trainer, recorder: RunRecorder, given: Any) -> None:
             callback.go_on_from(*chosen)
 
 
-def _checkpoint_of(given: Any, recorder: RunRecorder) -> Path | None:
+def _checkpoint_of(given: Any, recorder: RunRecorder) -> Place | None:
     """The folder that a ckpt_path means; None for "last" of a run without checkpoints."""
     if given == "last":
         return find_checkpoint(recorder.run.checkpoints)[0]
-    folder = Path(given)
-    if not (folder / COMMIT).is_file():
+    folder = place_of(str(given))
+    if COMMIT not in files_of(folder).sizes():
         raise ConfigError(
             f"fit(ckpt_path={str(given)!r}) is not a checkpoint of Leyden (a folder with "
             f"{COMMIT}); Lightning's own files do not hold where the data stands. Give "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -70,14 +71,24 @@ def publish_file(temporary: Path, final: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line with one write; a line that a kill tore is closed first."""
-    with open(path, "a+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        torn = b""
-        if end:
-            file.seek(end - 1)
-            torn = b"" if file.read(1) == b"\n" else b"\n"
-        file.write(torn + line.encode() + b"\n")
+    """Append one line with one write; a line that a kill tore is closed first.
+
+    Where it raises OSError, nothing was appended.
+    """
+    end = None
+    try:
+        with open(path, "a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            torn = b""
+            if end:
+                file.seek(end - 1)
+                torn = b"" if file.read(1) == b"\n" else b"\n"
+            file.write(torn + line.encode() + b"\n")
+    except OSError:
+        if end is not None:
+            with suppress(OSError):
+                os.truncate(path, end)  # a full disk takes a part of the line
+        raise
 
 
 class LocalStore:

@@ -3,7 +3,7 @@
 run.json        run id, recipe, dataset pinned by digest, config digest; written once
 config.yaml     the resolved config of the newest attempt
 attempts/<n>/   env.json, config.yaml, outcome.json of one start (n by atomic mkdir)
-checkpoints/    step-<n>-a<attempt>/
+checkpoints/    step-<n>-a<attempt>/, or elsewhere: <checkpoint_url>/<run id>/
 outcome.json    outcome of the newest attempt that ended
 *.jsonl         consumed, metrics, ledger: one line an event
 lease.json      who writes here now
@@ -14,32 +14,57 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 import sys
+import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dist.errors import ConfigError, SetupError
 from dist.lease import Lease
 from dist.local_files import LocalStore, append_line, write_atomic
+from dist.url_path import Place, place_of
+from dist.versions import code_version, library_versions
 
 STATUSES = ("completed", "stopped", "failed", "data_refused", "hung", "no_restart")
 # Only what tells how a run was started; an environment may hold secrets.
 _ENV_PREFIXES = ("SLURM_", "TORCH", "NCCL_", "GLOO_", "CUDA_", "OMP_", "MASTER_", "LEYDEN_")
 _ENV_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+LIBRARIES = ("torch", "pytorch-lightning", "transformers", "numpy", "pyarrow", "fsspec")
+MAX_WAITING_LINES = 1_000_000
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # a Path has lost the second slash
 
 
 class RunDir:
-    """A run's folder; every write is atomic or one appended line."""
+    """A run's folder; every write is atomic or one appended line.
+
+    Lines that the disk refuses wait in memory, for flush() or the next append. Threads may share
+    it, and a copy in another process (pickled) has lines of its own.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[str, str]] = []
+        self._unsynced: set[str] = set()
+
+    def __reduce__(self) -> tuple[type[RunDir], tuple[Path]]:
+        return RunDir, (self.path,)
 
     @classmethod
     def open(cls, path: Path | str) -> RunDir:
-        """The run at `path`, created if absent."""
+        """The run at `path`, created if absent. It has a lease and appends, so no object store."""
+        if match := _SCHEME.match(str(path)):
+            url = f"{match[1]}://{str(path)[match.end() :].lstrip('/')}"
+            raise ConfigError(
+                f"the run {url} is a URL; a run's folder needs a file system that all ranks see. "
+                "Give --run and --run_root a folder; checkpoints alone can go to an object store: "
+                f"--checkpoint_url {url}"
+            )
         run = cls(path)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -52,8 +77,12 @@ class RunDir:
         return self.path.name
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def checkpoints(self) -> Place:
+        """The folder of this run's checkpoints, as run.json says."""
+        identity = self.read_run() or {}
+        url = identity.get("checkpoint_url")
+        # Several runs may name the same folder in one YAML: each has its own in it.
+        return place_of(url) / identity["run_id"] if url else self.path / "checkpoints"
 
     def read_run(self) -> dict[str, Any] | None:
         """The run's identity, or None for a new run."""
@@ -106,8 +135,44 @@ class RunDir:
         return self._read("outcome.json")
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Append one JSON line to a log of the run, in one write."""
-        append_line(self.path / name, json.dumps(record))
+        """Append one JSON line to a log of the run; where the disk refuses, it waits in memory.
+
+        Raises SetupError when too many wait.
+        """
+        with self._lock:
+            told = bool(self._waiting)
+            self._waiting.append((name, json.dumps(record)))
+            try:
+                self._write_waiting()
+            except OSError as error:
+                if len(self._waiting) > MAX_WAITING_LINES:
+                    raise SetupError(
+                        f"{len(self._waiting)} lines wait to be written to {self.path}: "
+                        f"{error.strerror}; make room, then give the same command again"
+                    ) from error
+                if not told:
+                    print(
+                        f"warning: {self.path / name}: {error.strerror}; its lines wait in memory, "
+                        "at most until max_failed_saves saves have failed by that",
+                        file=sys.stderr,
+                    )
+
+    def flush(self) -> None:
+        """Make all appended lines durable; OSError if the disk refuses, and they go on waiting."""
+        with self._lock:
+            self._write_waiting()
+            names, self._unsynced = self._unsynced, set()
+        # Without the lock: a step's append must not wait for a slow disk.
+        for name in sorted(names):
+            with suppress(FileNotFoundError), open(self.path / name, "rb") as file:
+                os.fsync(file.fileno())
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            name, line = self._waiting[0]
+            append_line(self.path / name, line)
+            self._unsynced.add(name)
+            del self._waiting[0]
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """All records of a log; lines torn by a kill are left out."""
@@ -157,6 +222,8 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "argv": sys.argv,
+        "code": code_version(),
+        "libraries": library_versions(LIBRARIES),
         "cwd": os.getcwd(),
         "environment": chosen,
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from dist.loader import TokenLoader
 from dist.order import OrderState
 from dist.progress import Progress
 from dist.run_dir import RunDir
+from dist.url_path import Place
 
 
 class RunRecorder(Callback):
@@ -64,7 +64,7 @@ class RunRecorder(Callback):
             "params": sum(parameter.numel() for parameter in pl_module.net.parameters()),
         }
 
-    def go_on_from(self, folder: Path, record: dict[str, Any]) -> None:
+    def go_on_from(self, folder: Place, record: dict[str, Any]) -> None:
         """Stand where a checkpoint's record says; before the first batch. DataRefused for a
         checkpoint of other data."""
         order = OrderState.from_dict(record["order"])

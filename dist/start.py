@@ -14,9 +14,11 @@ from dist.checkpoint import check_same_run, find_checkpoint, read_record
 from dist.config import config_digest, to_yaml
 from dist.dataset import open_dataset
 from dist.drain import clear_request, end_soon, lost_peer
-from dist.errors import ConfigError, DataRefused, describe
+from dist.errors import ConfigError, DataRefused, SetupError, describe
+from dist.folder_files import files_of
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
+from dist.url_path import Place, UrlPath, place_of
 from dist.verify import FULL_BELOW_BYTES, check_presence, verify_full
 
 
@@ -37,7 +39,9 @@ class Start:
     data: str
     """Dataset pinned to its version."""
     attempt: int = -1
-    checkpoint: Path | None = None
+    checkpoints: Place = Path()
+    """Where its checkpoints are written."""
+    checkpoint: Place | None = None
     """Where to go on; None for a new run."""
     record: dict[str, Any] | None = None
     """The checkpoint's record."""
@@ -54,12 +58,14 @@ def start_run(
 ) -> Start:
     """Check the dataset, take the run, find the checkpoint to go on from. On rank 0 alone.
 
-    `config` has `data: DataConfig`, `global_batch`, `max_steps` and `max_epochs`. The lease is
-    held until `stack` is left.
+    `config` has `data: DataConfig`, `global_batch`, `max_steps`, `max_epochs` and,
+    if its checkpoints may lie elsewhere, `checkpoint_url`. The lease is held until `stack` is left.
     Raises ConfigError or DataRefused where the run was started with other settings or data.
     """
     if not config.data.url:
         raise ConfigError("data.url is empty; pass --data.url FOLDER (what `leyden prep` wrote)")
+    checkpoint_url = str(getattr(config, "checkpoint_url", ""))  # not every recipe has it
+    check_place(checkpoint_url)
     if config.max_epochs < 0:
         raise ConfigError(f"max_epochs is {config.max_epochs}; it must be 0 (max_steps) or more")
     dataset = open_dataset(config.data.url)
@@ -79,7 +85,10 @@ def start_run(
                 f"version {dataset.data_digest[:12]}; pass --data.url {identity['data']}, or "
                 "start another run (another --run, or --fresh)"
             )
-        check_same_run(identity["config"], asdict(config), may_change, f"the run {run.path}")
+        old, now = identity["config"], asdict(config)
+        if "checkpoint_url" in now:  # runs of before there was one have none
+            old = {"checkpoint_url": "", **old}
+        check_same_run(old, now, may_change, f"the run {run.path}")
     outcome = run.read_outcome()
     if (
         outcome
@@ -97,13 +106,19 @@ def start_run(
             "data_digest": dataset.data_digest,
             "config": asdict(config),
             "config_digest": config_digest(config),
+            # What a model needs that is used without its dataset.
+            "schema": dataset.manifest.schema,
+            "tokenizer_digest": dataset.manifest.tokenizer_digest,
         }
+        if checkpoint_url:
+            identity["checkpoint_url"] = str(place_of(checkpoint_url))
         run.write_run(identity, to_yaml(config))
     total_bytes = sum(shard.bytes for shard in dataset.manifest.shards)
     full = config.data.verify == "full"
     if full or (config.data.verify == "auto" and total_bytes < FULL_BELOW_BYTES):
         verify_full(dataset)
-    checkpoint, passed_over = find_checkpoint(run.checkpoints)
+    checkpoints = run.checkpoints
+    checkpoint, passed_over = find_checkpoint(checkpoints)
     for reason in passed_over:
         print(f"passed over the checkpoint {reason}", file=sys.stderr)
     record = read_record(checkpoint) if checkpoint is not None else None
@@ -116,9 +131,21 @@ def start_run(
     if end_t is not None:
         max_steps = step + math.ceil((end_t - t) / config.global_batch)
     return Start(
-        data=dataset.reference, attempt=attempt, checkpoint=checkpoint, record=record,
-        max_steps=max_steps, end_t=end_t,
+        data=dataset.reference, attempt=attempt, checkpoints=checkpoints, checkpoint=checkpoint,
+        record=record, max_steps=max_steps, end_t=end_t,
     )  # fmt: skip
+
+
+def check_place(checkpoint_url: str) -> None:
+    """Refuse, before anything is taken, a place that cannot hold a run's checkpoints."""
+    place = place_of(checkpoint_url)
+    if checkpoint_url and isinstance(place, UrlPath):
+        files_of(place)  # an unknown scheme or a missing package
+        if place.url.startswith("memory://") and Ranks.from_environment().world_size > 1:
+            raise ConfigError(
+                f"checkpoint_url {checkpoint_url}: memory is not shared between ranks; give a "
+                "folder or an object store (s3://...)"
+            )
 
 
 @contextmanager
@@ -135,7 +162,11 @@ def failure_recorded(run: RunDir, attempt: int, ranks: Ranks) -> Iterator[None]:
         lost = lost_peer(error)
         if ranks.is_first:
             message, code = describe(lost or error) or (repr(error), 1)
-            run.write_outcome(attempt, "data_refused" if code == 3 else "failed", error=message)
+            try:
+                run.write_outcome(attempt, "data_refused" if code == 3 else "failed", error=message)
+            except (OSError, SetupError) as unwritten:
+                # What ended the run is what the person must see, not that its folder is full.
+                print(f"warning: {unwritten}", file=sys.stderr)
         if lost is not None:
             raise lost from error
         raise

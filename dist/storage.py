@@ -7,6 +7,8 @@ import os
 import shutil
 import stat
 import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,54 @@ class Storage:
         """The file's path where the storage is a local folder, else None."""
         return None if self._local is None else self._local / name
 
+    def folders(self) -> list[str]:
+        """Names of the folders directly under the root, sorted; [] if it is absent."""
+        return sorted(_last(item) for item in self._entries() if item["type"] == "directory")
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files directly under the root, by name; {} if it is absent."""
+        return {_last(i): int(i["size"]) for i in self._entries() if i["type"] == "file"}
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
+        """Bytes [start, end) of files, (name, start, end) each, fetched at once."""
+        names, starts, ends = zip(*ranges, strict=True)
+        paths = [self._path(name) for name in names]
+        found = self._fs.cat_ranges(paths, list(starts), list(ends), on_error="return")
+        for one in found:
+            if isinstance(one, BaseException):
+                raise one
+        return list(found)
+
+    @contextmanager
+    def upload(self, name: str) -> Iterator[Any]:
+        """A file to write from start to end; it is there when the block ends without an error."""
+        file = self._fs.open(self._path(name), "wb")
+        try:
+            yield file
+        except BaseException:
+            # Closing would publish what there is, and so would the garbage collector.
+            with suppress(Exception):
+                file.discard()
+            with suppress(Exception):
+                file.closed = True
+            raise
+        file.close()
+
+    def delete_folder(self) -> None:
+        """Delete every file under the root."""
+        self._fs.invalidate_cache()
+        with suppress(FileNotFoundError):
+            self._fs.rm(self._root, recursive=True)
+
+    def _entries(self) -> list[dict[str, Any]]:
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.ls(self._root, detail=True)
+        except FileNotFoundError:
+            return []
+        # A store may list the folder's own marker among its files.
+        return [dict(item) for item in found if _last(item) and item["name"] != self._root]
+
     def list(self, prefix: str) -> list[str]:
         """Names of the files directly under a folder of the root, sorted; [] if it is absent."""
         self._fs.invalidate_cache()
@@ -132,6 +182,10 @@ class Storage:
         # Object stores cache listings; another process may have written since.
         self._fs.invalidate_cache(self._fs._parent(self._path(name)))
         return dict(self._fs.info(self._path(name)))
+
+
+def _last(item: dict[str, Any]) -> str:
+    return str(item["name"]).rstrip("/").rsplit("/", 1)[-1]
 
 
 def _is_local(fs: fsspec.AbstractFileSystem) -> bool:

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +144,8 @@ class ShardVerifier:
                 raise DataRefused(f"{problem}; copy it anew, or run the prep job again")
             # A file that changed while it was read gets no stamp.
             if _facts(path, shard) == facts:
-                write_atomic(stamp, json.dumps(facts).encode())
+                with suppress(OSError):  # a full disk: it is hashed again next time
+                    write_atomic(stamp, json.dumps(facts).encode())
         self._checked.add(index)
 
 

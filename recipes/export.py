@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist.dataset import open_dataset
-from dist.errors import ConfigError, run_main
+from dist.errors import ConfigError, LeydenError, run_main
 from dist.export_hf import (
     DTYPES,
     model_card,
@@ -93,8 +93,11 @@ def lineage(trained: Trained, dtype: str, params: int) -> dict[str, Any]:
     attempt = int(trained.checkpoint.name.rpartition("-a")[2])
     outcome = _read(run_dir.attempt_dir(attempt) / "outcome.json")
     started_with = _read(run_dir.attempt_dir(attempt) / "env.json")
-    dataset = open_dataset(trained.data)
-    prepared = dataset.read_provenance() or {}
+    try:
+        dataset = open_dataset(trained.data)
+        prepared, totals = dataset.read_provenance() or {}, dataset.manifest.totals
+    except (LeydenError, OSError):  # gone; another dataset has lent its tokenizer
+        prepared, totals = {}, {}
     evaluated = _read(run_dir.path / "eval.json")
     same_step = evaluated.get("step") == trained.step
     metrics = dict(trained.record.get("facts", {}))
@@ -104,6 +107,7 @@ def lineage(trained: Trained, dtype: str, params: int) -> dict[str, Any]:
         **library_versions(LIBRARIES),
         "platform": started_with.get("platform", ""),
         "python_of_training": started_with.get("python", ""),
+        **{f"{k}_of_training": v for k, v in started_with.get("libraries", {}).items()},
     }
     environment |= {key: outcome.get(key, "") for key in ("ranks", "strategy", "precision")}
     facts = {
@@ -122,7 +126,7 @@ def lineage(trained: Trained, dtype: str, params: int) -> dict[str, Any]:
         "data_job": prepared.get("job", ""),
         "data_code": prepared.get("code", ""),
         "data_inputs": len(prepared.get("inputs", [])),
-        "data_totals": dataset.manifest.totals,
+        "data_totals": totals,
         "code": code_version(),
         "code_of_training": started_with.get("code", ""),
         "config": trained.record["config"],

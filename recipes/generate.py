@@ -48,7 +48,8 @@ class Config:
     prompts: str = ""
     """File of prompts: .jsonl with a key "prompt" a line, else one prompt a line."""
     output: str = ""
-    """With --prompts: JSONL file to write, which must not exist; empty: standard output."""
+    """With --prompts: JSONL file, which must not exist; empty: standard output. It appears whole at
+    the end: a killed command leaves none, and the same command starts again with the first."""
     max_new_tokens: int = 128
     """Longest continuation."""
     temperature: float = 1.0

@@ -102,6 +102,8 @@ class Config:
     """Write checkpoints while training goes on; the memory of one more copy per rank."""
     max_failed_saves: int = 3
     """Failed saves in a row that end the run; fewer are warnings."""
+    checkpoint_url: str = ""
+    """Folder or fsspec URL for the checkpoints, in <run id>/; empty: RUN/checkpoints."""
     seed: int = 0
     """Seeds the first weights, the order of the data and dropout."""
     run: str = ""
@@ -226,6 +228,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             record={"config": asdict(config), "data": start.data, "seed": config.seed},
             attempt=start.attempt,
             config=config,
+            folder=start.checkpoints,
             resume_from=(start.checkpoint, start.record) if start.checkpoint else None,
             may_change=MAY_CHANGE,
         )

@@ -6,26 +6,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from dist.attention import PACKED_ATTENTION, register_packed_attention
-from dist.checkpoint import check_files, find_checkpoint, read_record
+from dist.checkpoint import find_checkpoint, read_record
+from dist.checkpoint_folder import saved_steps
 from dist.config import parse_config
 from dist.dataset import Dataset, open_dataset
-from dist.errors import ConfigError, DataRefused
+from dist.errors import ConfigError, DataRefused, LeydenError, SetupError
 from dist.export_hf import DTYPES, SpecialTokens, build_empty, load_weights
 from dist.model_folder import LEYDEN_JSON, ModelPlace, find_model
 from dist.model_folder import read_record as read_leyden_json
 from dist.run_dir import RunDir
 from dist.tokenizer import tokenizer_digest
+from dist.url_path import Place
 from recipes import llama
 
 Config = TypeVar("Config")
@@ -55,7 +55,7 @@ class Trained:
     """Longest context that it was trained on, in tokens; 0: unknown."""
     step: int = -1
     """Optimizer steps that it was trained for; -1: unknown."""
-    checkpoint: Path | None = None
+    checkpoint: Place | None = None
     """Its checkpoint, for a run."""
     record: dict[str, Any] = field(default_factory=dict)
     """The checkpoint's record, or leyden.json."""
@@ -86,15 +86,19 @@ def open_trained(place: ModelPlace, *, step: int = 0, data_url: str = "") -> Tra
     checkpoint = _choose_checkpoint(RunDir(place.path), step)
     record = read_record(checkpoint)
     dataset = _dataset_of(record["data"], data_url, place)
-    schema = dataset.manifest.schema
+    reference, digest = str(record["data"]), record["data"].rpartition("@")[2]
+    if dataset.data_digest == digest:
+        reference = dataset.reference  # where it is now
+    # A dataset that only lends its tokenizer may have rows of another length.
+    schema = (RunDir(place.path).read_run() or {}).get("schema") or dataset.manifest.schema
     tokenizer_json = dataset.read_tokenizer()
     return Trained(
         place=place,
         special=SpecialTokens.of(tokenizer_json, schema.get("bos_id"), schema.get("eos_id")),
         tokenizer_json=tokenizer_json,
         vocab_size=int(schema["vocab_size"]),
-        data=dataset.reference,
-        data_digest=dataset.data_digest,
+        data=reference,
+        data_digest=digest,
         seq_len=int(schema["seq_len"]),
         step=int(record["order"]["step"]),
         checkpoint=checkpoint,
@@ -127,43 +131,45 @@ def _open_folder(place: ModelPlace) -> Trained:
     )
 
 
-def _choose_checkpoint(run: RunDir, step: int) -> Path:
+def _choose_checkpoint(run: RunDir, step: int) -> Place:
     """The newest valid checkpoint, or the newest of `step`; says why others were passed over."""
-    if not step:
-        checkpoint, problems = find_checkpoint(run.checkpoints)
-        if checkpoint is not None:
-            return checkpoint
-    else:
-        pattern = re.compile(rf"step-{step}-a(\d+)")
-        attempts = [p for p in run.checkpoints.glob("step-*") if pattern.fullmatch(p.name)]
-        problems = []
-        for path in sorted(attempts, key=lambda p: int(p.name.rpartition("a")[2]), reverse=True):
-            problem = check_files(path)
-            if not problem:
-                return path
-            problems.append(f"{path.name}: {problem}")
-    what = f"of step {step}" if step else "yet; it saves at `save_every_steps` and at its end"
+    checkpoints = run.checkpoints
+    checkpoint, problems = find_checkpoint(checkpoints, step=step)
+    if checkpoint is not None:
+        for problem in problems:
+            print(f"passed over the checkpoint {problem}", file=sys.stderr)
+        return checkpoint
     if problems:
         raise DataRefused(f"{run.path} has no valid checkpoint: {'; '.join(problems)}")
-    have = sorted({int(p.name.split("-")[1]) for p in run.checkpoints.glob("step-*-a*")})
+    what = f"of step {step}" if step else "yet; it saves at `save_every_steps` and at its end"
+    have = saved_steps(checkpoints)
     hint = f"; it has steps {', '.join(map(str, have))}" if have else ""
-    raise ConfigError(f"{run.path} has no checkpoint {what}{hint}")
+    raise ConfigError(f"{run.path} has no checkpoint {what}{hint} (looked in {checkpoints})")
 
 
 def _dataset_of(reference: str, data_url: str, place: ModelPlace) -> Dataset:
-    """The run's own dataset, where it was or at `data_url`."""
+    """The run's own dataset, where it was or at `data_url`.
+
+    Where it is gone, another one of the same tokenizer at `data_url` gives the vocabulary.
+    """
     digest = reference.rpartition("@")[2]
-    if data_url:
-        given = open_dataset(data_url)
-        if given.data_digest == digest:
-            return given
+    given = open_dataset(data_url) if data_url else None
+    if given is not None and given.data_digest == digest:
+        return given
     try:
         return open_dataset(reference)
-    except (ConfigError, DataRefused) as error:
-        raise type(error)(
+    except (ConfigError, DataRefused, SetupError, OSError) as error:
+        wanted = (RunDir(place.path).read_run() or {}).get("tokenizer_digest", "")
+        if given is not None and wanted and given.manifest.tokenizer_digest == wanted:
+            return given
+        hint = "if the dataset was moved, pass --data.url FOLDER"
+        if wanted:
+            hint += f"; any dataset made with the tokenizer {wanted[:12]} will do"
+        text = (
             f"the run {place.path} was trained on {reference}, which cannot be opened ({error}); "
-            "if the dataset was moved, pass --data.url FOLDER"
-        ) from None
+            f"{hint}"
+        )
+        raise (type(error) if isinstance(error, LeydenError) else DataRefused)(text) from None
 
 
 def load_model(trained: Trained, device: torch.device, *, packed: bool, dtype: str = "auto") -> Any:

@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
+
+SERVERS: list[Any] = []
+
+
+@contextmanager
+def watched_puts(refuse: Callable[[int, str], bool]) -> Iterator[list[str]]:
+    """The server answers 403 to PUTs and POSTs for which refuse(number from 1, path) says so.
+
+    Yields the paths of all of them, as they come.
+    """
+    server, seen = SERVERS[-1]._server, []
+    original = server.app
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        if environ["REQUEST_METHOD"] in ("PUT", "POST") and "delete" not in environ["QUERY_STRING"]:
+            seen.append(environ["PATH_INFO"])
+            if refuse(len(seen), environ["PATH_INFO"]):
+                start_response("403 FORBIDDEN", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"]
+        return original(environ, start_response)
+
+    server.app = app
+    try:
+        yield seen
+    finally:
+        server.app = original
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +45,7 @@ def s3_server() -> Iterator[str]:
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    SERVERS.append(server)
     host, port = server.get_host_and_port()
     url = f"http://{host}:{port}"
     settings = {

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,11 +15,13 @@ from unittest import mock
 import pytest
 import torch.distributed
 
+from dist.checkpoint import CheckpointSaver
 from dist.checkpoint_files import HashedFiles
 from dist.checkpoint_folder import COMMIT, check_files, find_checkpoint, read_record
 from dist.dataset import Dataset
 from dist.errors import LeydenError
 from tests.make_dataset import write_dataset
+from tests.one_thread import one_thread
 from tests.run_ranks import run_ranks
 from tests.test_dist_lightning_plugins import lines, pretrain
 
@@ -95,6 +98,46 @@ def test_a_failed_save_is_a_warning(dataset: Dataset, tmp_path: Path) -> None:
     assert found is not None and found.name == "step-6-a0" and passed_over == []
     warnings = [line for line in said.splitlines() if "warning:" in line]
     assert len(warnings) == 3 and "(1 of at most 2 in a row)" in warnings[0]
+
+
+def saves_seen(url: str, folder: Path) -> tuple[int, list[tuple[int, int, int]]]:
+    """Train with 4 micro-batches a step and a request to stop in the second one of step 5; the
+    exit code and, at each save: its step, micro-batches so far, updates so far."""
+    from recipes.pretrain import Pretrain
+
+    one_thread()
+    micro, seen = [0], []
+    step_method, start = Pretrain.training_step, CheckpointSaver.start
+
+    def training_step(self: Any, batch: Any, index: int) -> Any:
+        micro[0] += 1
+        if (batch.step, batch.micro) == (5, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_method(self, batch, index)
+
+    def watched(self: Any, place: Any, model: Any, optimizer: Any, *args: Any, **kw: Any) -> None:
+        updates = next(iter(optimizer.state.values()))["step"]
+        seen.append((int(place.name.split("-")[1]), micro[0], int(updates)))
+        start(self, place, model, optimizer, *args, **kw)
+
+    with (
+        mock.patch.object(Pretrain, "training_step", training_step),
+        mock.patch.object(CheckpointSaver, "start", watched),
+    ):
+        changes = {"max_steps": 30, "save_every_steps": 2, "val_every_steps": 3, "val_rows": 8}
+        return pretrain(url, str(folder), **changes), seen
+
+
+def test_no_save_between_micro_batches(dataset: Dataset, tmp_path: Path) -> None:
+    """A save in the middle of an accumulated step would lose the gradients that wait, or count
+    its rows as consumed: by cadence, after a validation, and asked for in mid-accumulation."""
+    ((code, seen),) = run_ranks(saves_seen, 1, 240, dataset.storage.url, tmp_path / "run")
+    assert code == 75
+    # 2 and 4 by cadence, perhaps 6 too (with a validation), then the stop's own.
+    assert [step for step, _, _ in seen[:2]] == [2, 4] and 6 <= seen[-1][0] <= 8
+    assert seen == [(step, 4 * step, step) for step, _, _ in seen]
+    consumed = lines(tmp_path / "run", "consumed.jsonl")
+    assert len(consumed) == seen[-1][0]
 
 
 @pytest.mark.parametrize("async_save", [True, False])
