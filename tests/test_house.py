@@ -21,7 +21,7 @@ ROOMS = ("dist", "recipes", "spark_jobs", "launch")
 FLOORS: dict[int, set[str]] = {
     0: {
         *{"checkpoint_folder", "errors", "lease", "local_files", "manifest", "model_folder"},
-        *{"ranks", "run_dir", "versions"},
+        *{"devices", "ranks", "run_dir", "versions"},
     },
     1: {
         *{"audit", "baselines", "commit", "config", "dataset", "lineage", "mixture", "order"},
@@ -32,6 +32,8 @@ FLOORS: dict[int, set[str]] = {
         *{"activation", "attention", "batch", "cache", "checkpoint", "checkpoint_files", "drain"},
         *{"export_hf", "guard", "initialise", "loader", "loss", "mesh", "meter", "optim"},
         *{"precision", "randomness", "sharding", "start"},
+        *{"local_device", "memory_plan", "memory_trace", "op_cost", "plan_text", "pretend"},
+        *{"step_time"},
     },
     3: {"checkpoint_callback", "lightning_plugins", "run_recorder", "strategies"},
 }
