@@ -7,6 +7,8 @@ its slice: no broadcast, no dependence on world size, order of modules or other 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,19 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+_PRETENDED: list[AbstractContextManager[object]] = []
+
+
+@contextmanager
+def without_values(memory: AbstractContextManager[object]) -> Iterator[None]:
+    """For the memory plan: materialise gives tensors made under `memory` and fills none."""
+    _PRETENDED.append(memory)
+    try:
+        yield
+    finally:
+        _PRETENDED.pop()
+
+
 def materialise(module: nn.Module, device: torch.device, seed: int, std: float) -> None:
     """Give a meta-device module (sharded or not) memory on `device` and its first values.
 
@@ -29,8 +44,11 @@ def materialise(module: nn.Module, device: torch.device, seed: int, std: float) 
     tensor that no rule reached is an error here and not a silent wrong start.
     """
     tied = _tied_names(module)
-    module.to_empty(device=device)
+    with _PRETENDED[-1] if _PRETENDED else nullcontext():
+        module.to_empty(device=device)
     _tie(module, tied)
+    if _PRETENDED:
+        return
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():

@@ -21,6 +21,7 @@ VERBS = {
     "prep": "run a Spark job that turns raw data into shards (prep alone lists the jobs)",
     "data": "look at a dataset, or check every byte of it: data inspect, data verify",
     "train": "run a recipe under torchrun (train alone lists the recipes)",
+    "plan": "memory and time of a run on N ranks of a device, before any is taken",
     "eval": "loss and perplexity of a trained model, in all and by source",
     "generate": "text from a trained model: a prompt, a file of prompts, or interactive",
     "report": "one HTML file on a run: loss, throughput, attempts, data, environment",

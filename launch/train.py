@@ -17,7 +17,7 @@ from launch.rooms import ROOT
 from launch.torchrun import AGENT, num_gpus, parse_nproc, torchrun_argv, torchrun_env
 
 # Files of recipes with a main of their own that train nothing: verbs of their own start them.
-NOT_TRAINING = ("evaluate", "export", "generate")
+NOT_TRAINING = ("evaluate", "export", "generate", "plan")
 RUN_VARIABLE = "LEYDEN_RUN"
 
 

@@ -169,6 +169,11 @@ class Pretrain(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": by_step}
 
 
+def module_to_plan(config: Config, schema: dict[str, Any], precision: Precision) -> Pretrain:
+    """What `leyden plan` takes through one step on pretended ranks."""
+    return Pretrain(config, schema, precision)
+
+
 def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
     """Train on this rank of the world; returns the exit code."""
     quiet_lightning()
