@@ -45,7 +45,7 @@ def by_hand_step_s(data: str, config_name: str, steps: int) -> float:
     from dist.dataset import open_dataset
     from dist.initialise import materialise
     from dist.loader import LoaderPlan, TokenLoader
-    from dist.optim import adamw, cosine_lr
+    from dist.optim import adamw, lr_schedule
     from dist.order import Order
     from dist.precision import decide_precision
     from recipes import llama
@@ -65,7 +65,7 @@ def by_hand_step_s(data: str, config_name: str, steps: int) -> float:
     llama.set_precision(net, precision, by_policy=False)
     materialise(net, device, config.seed, config.model.init_std)
     optimizer = adamw(net.named_parameters(), config.optim)
-    factor = cosine_lr(config.optim, steps)
+    factor = lr_schedule(config.optim, steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     split = dataset.split("train")
     plan = LoaderPlan(batch=config.global_batch, micro_batch=config.micro_batch, end_step=steps)

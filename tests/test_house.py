@@ -32,8 +32,12 @@ FLOORS: dict[int, set[str]] = {
         *{"activation", "attention", "batch", "cache", "checkpoint", "checkpoint_files", "drain"},
         *{"export_hf", "guard", "initialise", "loader", "loss", "mesh", "meter", "optim"},
         *{"precision", "randomness", "sharding", "start"},
+        *{"compile", "gradient_scaler", "micro_batch", "stochastic_adamw"},
     },
-    3: {"checkpoint_callback", "lightning_plugins", "run_recorder", "strategies"},
+    3: {
+        *{"checkpoint_callback", "lightning_plugins", "run_recorder", "strategies"},
+        *{"micro_batch_callback", "numerics"},
+    },
 }
 FLOOR_1_MAY_USE = {
     *{"numpy", "pyarrow", "fsspec", "xxhash"},
