@@ -30,7 +30,7 @@ from dist.config import parse_config
 from dist.dataset import open_dataset
 from dist.initialise import materialise
 from dist.loader import LoaderPlan, TokenLoader
-from dist.optim import adamw, cosine_lr
+from dist.optim import adamw, lr_schedule
 from dist.order import Order
 from dist.precision import decide_precision
 from dist.sharding import ddp_options
@@ -75,7 +75,7 @@ def train(config: Config, data: str, strategy: str) -> list[float]:
     dataset = open_dataset(data)
     net = build(config, dataset.manifest.schema, device, strategy)
     optimizer = adamw(net.named_parameters(), config.optim)
-    factor = cosine_lr(config.optim, config.max_steps)
+    factor = lr_schedule(config.optim, config.max_steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     split = dataset.split("train")
     plan = LoaderPlan(

@@ -38,9 +38,33 @@ def register_packed_attention() -> None:
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """`varlen` where its kernel runs (CUDA, 16-bit), else `mask`."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return "varlen" if device.type == "cuda" and half and _varlen() is not None else "mask"
+    """`varlen` where its kernel runs (CUDA, 16-bit, FlashAttention), else `mask`."""
+    return "mask" if _no_varlen(device, dtype) else "varlen"
+
+
+def describe_attention(device: torch.device, dtype: torch.dtype, dropout: float = 0.0) -> str:
+    """The kernel chosen for a start's print, with the reason where it is the slower one."""
+    reason = _no_varlen(device, dtype)
+    if not reason and dropout > 0.0:
+        reason = "varlen kernels have no dropout"
+    return f"block mask by SDPA ({reason})" if reason else "varlen (FlashAttention)"
+
+
+def _no_varlen(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the varlen kernel cannot run; '' where it can."""
+    if device.type != "cuda":
+        return f"no varlen kernel on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"varlen kernels take 16-bit numbers, not {str(dtype).removeprefix('torch.')}"
+    if _varlen() is None:
+        return "this torch has no torch.nn.attention.varlen"
+    # The kernel behind it raises at the first forward where either is missing.
+    if not _flash_was_built():
+        return "this torch was built without FlashAttention"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"FlashAttention needs compute capability 8.0, this GPU has {major}.{minor}"
+    return ""
 
 
 def packed_info(
@@ -49,13 +73,19 @@ def packed_info(
     max_len: int,
     dtype: torch.dtype,
     dropout: float = 0.0,
+    *,
+    stable: bool = False,
 ) -> Packed:
     """What attention needs of a micro-batch. doc_ids: (batch, seq), equal within a document.
 
     With dropout always a mask: the varlen kernels have none, and would leave it out in silence.
+    stable: for compiled code, which must not be made anew when documents' number or lengths vary.
     """
     varlen = dropout == 0.0 and attention_kernel(doc_ids.device, dtype) == "varlen"
     if cu_seqlens is not None and varlen:
+        if stable:
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+            max_len = doc_ids.shape[1]
         return Packed(cu_seqlens=cu_seqlens, max_len=max_len)
     return Packed(mask=block_mask(doc_ids))
 
@@ -95,6 +125,11 @@ def packed_attention(
     return out.transpose(1, 2), None
 
 
+def _flash_was_built() -> bool:
+    known = getattr(torch.backends.cuda, "is_flash_attention_available", None)
+    return bool(known()) if known is not None else True
+
+
 @functools.cache
 def _varlen() -> Any:
     try:
@@ -104,11 +139,15 @@ def _varlen() -> Any:
     return varlen_attn
 
 
+@torch.compiler.assume_constant_result
+def _varlen_keywords() -> tuple[str, ...]:
+    return tuple(inspect.signature(_varlen()).parameters)
+
+
 def _varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, packed: Packed, scaling: float | None, groups: int
 ) -> Tensor:
-    varlen_attn = _varlen()
-    known = inspect.signature(varlen_attn).parameters
+    varlen_attn, known = _varlen(), _varlen_keywords()
     options: dict[str, Any] = {}
     # Its keywords changed between torch 2.10 and 2.13.
     options |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
@@ -122,7 +161,9 @@ def _varlen_attention(
         else:
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     # (batch, heads, seq, d) -> (batch * seq, heads, d)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    # Under autocast rotary embeddings left queries and keys in fp32 and values in 16 bits; autocast
+    # does not know this kernel.
+    q, k, v = (x.to(value.dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     borders, longest = packed.cu_seqlens, packed.max_len
     out = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
     return out.unflatten(0, (query.shape[0], query.shape[2]))

@@ -36,12 +36,14 @@ def shard_fsdp(
 ) -> None:
     """FSDP2 on each block and on the root (in place); parameters become DTensors on `mesh`.
 
-    Parameters and optimizer state stay fp32, compute is bf16 if so decided, gradients are
-    reduced in fp32 always.
+    Parameters keep their dtype, compute has the decided one, gradients are reduced in fp32
+    always.
     """
     policy = MixedPrecisionPolicy()
-    if precision.name == "bf16-mixed":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if precision.compute_dtype != torch.float32:
+        policy = MixedPrecisionPolicy(
+            param_dtype=precision.compute_dtype, reduce_dtype=torch.float32
+        )
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh, mp_policy=policy)

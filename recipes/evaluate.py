@@ -93,7 +93,7 @@ def run(config: Config) -> dict[str, Any]:
     model = load_model(trained, device, packed=True)
     split = dataset.split(config.split)
     num_rows = min(config.rows or split.num_rows, split.num_rows)
-    autocast = decided.compute_dtype if decided.name == "bf16-mixed" else None
+    autocast = decided.compute_dtype if decided.name != "fp32" else None
     with tempfile.TemporaryDirectory() as scratch:
         stamps = place.path / "verified" if place.is_run else Path(scratch)
         verifier = ShardVerifier(dataset, split, stamps)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dist.attention import PACKED_ATTENTION, packed_info, register_packed_attention
+from dist.compile import Compile, compile_blocks, compile_decoder
 from dist.errors import ConfigError
 from dist.loss import summed_loss
 from dist.precision import Precision
@@ -99,6 +100,7 @@ class PackedLlama(nn.Module):
         for block in self.model.model.layers:
             _drop_residual(block, config.residual_dropout)
         self.autocast_dtype: torch.dtype | None = None
+        self.compiled = False
 
     def forward(self, batch: Any) -> Tensor:
         """Sum of -log p(target) over the valid targets of a batch (dist.loader.Batch), nats."""
@@ -106,12 +108,15 @@ class PackedLlama(nn.Module):
         dtype = self.autocast_dtype or self.model.model.embed_tokens.weight.dtype
         autocast = self.autocast_dtype is not None
         dropout = self._attention_dropout if self.training else 0.0
+        packed = packed_info(
+            batch.doc_ids, batch.cu_seqlens, batch.max_len, dtype, dropout, stable=self.compiled
+        )
         with torch.autocast(tokens.device.type, self.autocast_dtype, enabled=autocast):
             hidden = self.model.model(
                 input_ids=tokens[:, :-1],
                 position_ids=batch.position_ids,
                 use_cache=False,
-                packed=packed_info(batch.doc_ids, batch.cu_seqlens, batch.max_len, dtype, dropout),
+                packed=packed,
             ).last_hidden_state
             return summed_loss(
                 hidden.flatten(0, 1),
@@ -143,9 +148,18 @@ def blocks(model: PackedLlama) -> Iterable[nn.Module]:
 
 
 def set_precision(model: PackedLlama, precision: Precision, *, by_policy: bool) -> None:
-    """bf16 by autocast, unless the sharding's policy owns the dtypes."""
-    if precision.name == "bf16-mixed" and not by_policy:
-        model.autocast_dtype = precision.compute_dtype
+    """16 bits by autocast, unless the sharding's policy owns the dtypes."""
+    if not by_policy:
+        model.autocast_dtype = precision.autocast_dtype
+
+
+def compile_model(model: PackedLlama, compiled: Compile) -> None:
+    """Compile the blocks or the decoder as decided; after checkpointing, before sharding."""
+    if compiled.name == "blocks":
+        compile_blocks(blocks(model))
+    elif compiled.name == "model":
+        compile_decoder(model.model.model)
+    model.compiled = compiled.name != "off"
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -17,18 +17,21 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
 
-from dist.activation import ActivationCheckpointing, checkpoint_blocks
+from dist.activation import check_activation_checkpointing, checkpoint_blocks
+from dist.attention import describe_attention
 from dist.batch import Batch
 from dist.checkpoint_callback import Checkpoints
+from dist.compile import Compile, CompileName, check_compile, decide_compile
 from dist.config import parse_config
 from dist.dataset import open_dataset
 from dist.drain import StopFlag, die_with_launcher, end_if_peer_lost, stop_requests
 from dist.errors import ConfigError, run_main
+from dist.gradient_scaler import GradientScaler
 from dist.initialise import materialise
 from dist.lightning_plugins import StopRun, quiet_lightning, take_over
 from dist.loader import LoaderPlan, training_loader, validation_loader
@@ -41,9 +44,18 @@ from dist.mesh import (
     start_process_group,
     stop_process_group,
 )
-from dist.optim import OptimConfig, adamw, cosine_lr
+from dist.micro_batch import MicroBatch, check_micro_batch
+from dist.micro_batch_callback import AutoMicroBatch
+from dist.numerics import Numerics
+from dist.optim import OptimConfig, adamw, lr_schedule
 from dist.order import OrderState, num_micro_batches
-from dist.precision import Precision, PrecisionName, decide_precision
+from dist.precision import (
+    Precision,
+    PrecisionName,
+    cast_parameters,
+    check_precision,
+    decide_precision,
+)
 from dist.randomness import seed_micro_batch
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
@@ -56,9 +68,9 @@ from recipes import llama
 # What a run may change when it goes on; anything else would make it another run. A dataset may
 # move: its digest decides.
 MAY_CHANGE = (
-    "data.url", "data.verify", "parallel", "activation_checkpointing", "micro_batch", "max_steps",
-    "max_epochs", "val_every_steps", "val_rows", "save_every_steps", "log_every_steps", "keep",
-    "keep_best", "async_save", "max_failed_saves", "run", "run_root",
+    "data.url", "data.verify", "parallel", "activation_checkpointing", "micro_batch", "compile",
+    "max_steps", "max_epochs", "val_every_steps", "val_rows", "save_every_steps",
+    "log_every_steps", "keep", "keep_best", "async_save", "max_failed_saves", "run", "run_root",
 )  # fmt: skip
 
 
@@ -75,13 +87,17 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Sharding."""
     precision: PrecisionName = "auto"
-    """auto (by hardware), fp32, or bf16-mixed; parameters and reductions stay fp32."""
-    activation_checkpointing: ActivationCheckpointing = "none"
-    """full: recompute each block in backward, for memory."""
+    """auto (fp32 or bf16-mixed, by hardware), or one of them; bf16-true: parameters in bf16 too,
+    under fsdp and with optim.stochastic_rounding; fp16-mixed: with a gradient scaler."""
+    activation_checkpointing: str = "none"
+    """What is recomputed in backward, for memory: none; full: each block; every-N: each N-th
+    block; op-level: all but attention and every second matrix product."""
+    compile: CompileName | Literal[False] = "off"
+    """torch.compile: off, blocks (each decoder block), or model (the whole decoder; ddp only)."""
     global_batch: int = 32
     """Rows of one optimizer step over all ranks."""
-    micro_batch: int = 8
-    """Rows that one rank computes at once."""
+    micro_batch: MicroBatch = 8
+    """Rows that one rank computes at once; auto: the most that fit in memory, by trial steps."""
     max_steps: int = 1000
     """Optimizer steps in all, earlier attempts included."""
     max_epochs: int = 0
@@ -111,13 +127,26 @@ class Config:
     run_root: str = "runs"
     """Where runs lie."""
 
+    def __post_init__(self) -> None:
+        strategy = self.parallel.strategy
+        if self.compile is False:  # YAML reads a bare off so
+            object.__setattr__(self, "compile", "off")
+        check_activation_checkpointing(self.activation_checkpointing)
+        check_precision(self.precision, strategy, self.optim.stochastic_rounding)
+        check_compile(self.compile or "off", strategy)
+        check_micro_batch(self.micro_batch, strategy)
+
 
 class Pretrain(LightningModule):
     """The model as Lightning sees it; what is sharded and saved is `net`."""
 
-    def __init__(self, config: Config, schema: dict[str, Any], precision: Precision) -> None:
+    def __init__(
+        self, config: Config, schema: dict[str, Any], precision: Precision, compiled: Compile
+    ) -> None:
         super().__init__()
         self.config, self.schema, self.precision = config, schema, precision
+        self.compiled = compiled
+        self.scaler: GradientScaler | None = None
         self.grad_norm: Any = 0.0
         self.validation: tuple[float | None, int] = (None, 0)
         self.net: Any = None
@@ -127,13 +156,17 @@ class Pretrain(LightningModule):
         if self.net is not None:
             return
         net = llama.build(self.config.model, self.schema)
+        cast_parameters(net, self.precision.param_dtype)
         checkpoint_blocks(llama.blocks(net), self.config.activation_checkpointing)
+        llama.compile_model(net, self.compiled)
         sharded = self.config.parallel.strategy == "fsdp"
         if sharded:
             shard_fsdp(net, llama.blocks(net), self.device_mesh, self.precision)
         llama.set_precision(net, self.precision, by_policy=sharded)
         device = self.trainer.strategy.root_device
         materialise(net, device, self.config.seed, self.config.model.init_std)
+        if self.precision.needs_scaler:
+            net.gradient_scaler = self.scaler = GradientScaler(device)  # saved with the model
         self.net = net
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
@@ -143,10 +176,16 @@ class Pretrain(LightningModule):
         # Lightning divides by this, also in a last short step of fewer micro-batches.
         num_micro = self.trainer.accumulate_grad_batches
         scale = loss_scale(batch.step_targets, self.trainer.world_size, num_micro)
-        return {"loss": loss_sum * scale, "loss_sum": loss_sum.detach()}
+        loss = loss_sum * scale
+        loss = loss * self.scaler.scale if self.scaler is not None else loss
+        return {"loss": loss, "loss_sum": loss_sum.detach()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.scaler is not None:
+            self.scaler.unscale(self.net.parameters())
         self.grad_norm = clip_grad_norm(self.net.parameters(), self.config.optim.clip_norm)
+        if self.scaler is not None:
+            self.scaler.skip(optimizer, self.grad_norm)
 
     def on_validation_epoch_start(self) -> None:
         # Sums over this rank's rows: loss, valid targets.
@@ -162,8 +201,9 @@ class Pretrain(LightningModule):
         self.validation = (loss / max(targets, 1.0), int(targets))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = adamw(self.net.named_parameters(), self.config.optim)
-        factor = cosine_lr(self.config.optim, self.config.max_steps)
+        optimizer = adamw(self.net.named_parameters(), self.config.optim, self.config.seed)
+        tokens_per_step = self.config.global_batch * self.schema["seq_len"]
+        factor = lr_schedule(self.config.optim, self.config.max_steps, tokens_per_step)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         by_step = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": by_step}
@@ -171,7 +211,7 @@ class Pretrain(LightningModule):
 
 def module_to_plan(config: Config, schema: dict[str, Any], precision: Precision) -> Pretrain:
     """What `leyden plan` takes through one step on pretended ranks."""
-    return Pretrain(config, schema, precision)
+    return Pretrain(config, schema, precision, Compile("off"))
 
 
 def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
@@ -202,9 +242,10 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         )
         if start.record is not None:
             state = OrderState.from_dict(start.record["order"])
+        auto = AutoMicroBatch(run, config, schema, ranks, device)
         plan = LoaderPlan(
             batch=config.global_batch,
-            micro_batch=config.micro_batch,
+            micro_batch=auto.rows or 1,  # 1 until the trial has found it
             rank=ranks.rank,
             world_size=ranks.world_size,
             start_step=state.step,
@@ -217,7 +258,9 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         validation = validation_loader(dataset, plan, config.val_rows, run.path, stack)
         # Model and trainer.
         precision = on_rank_zero(lambda: decide_precision(config.precision, device))
-        module = Pretrain(config, schema, precision)
+        compiled = decide_compile(config.compile or "off", device)
+        module = Pretrain(config, schema, precision, compiled)
+        auto.loaders = [loader] if validation is None else [loader, validation]
         recorder = RunRecorder(
             run,
             state,
@@ -237,16 +280,20 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             resume_from=(start.checkpoint, start.record) if start.checkpoint else None,
             may_change=MAY_CHANGE,
         )
+        dropout = config.model.attention_dropout
+        attention = describe_attention(device, precision.compute_dtype, dropout)
+        kernels = {"precision": str(precision), "attention": attention, "compile": str(compiled)}
+        numerics = Numerics(run, start.attempt, kernels)
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=ranks.local_world_size,
             num_nodes=ranks.world_size // ranks.local_world_size,
             strategy=make_strategy(config.parallel.strategy),
             plugins=[LeydenEnvironment(ranks)],
-            callbacks=[recorder, checkpoints],
+            callbacks=[auto, recorder, numerics, checkpoints],
             max_steps=config.max_steps,
             accumulate_grad_batches=num_micro_batches(
-                config.global_batch, ranks.world_size, config.micro_batch
+                config.global_batch, ranks.world_size, plan.micro_batch
             ),
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
@@ -262,6 +309,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             at = f", from step {state.step} ({start.checkpoint.name})" if start.checkpoint else ""
             where = f"{config.parallel.strategy} on {ranks.world_size} ranks, {device.type}"
             print(f"run {run.path}{at}: {where}, {precision}", file=sys.stderr)
+            print(f"attention: {attention}; compile: {compiled}", file=sys.stderr)
         started = time.monotonic()
         try:
             trainer.fit(module, loader, validation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -137,3 +138,44 @@ def test_varlen_equals_mask(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> Non
     info = Packed(cu_seqlens=packed.cu_seqlens, max_len=packed.max_len)
     by_kernel, _ = packed_attention(nn.Module(), q, k, v, None, scaling, packed=info)
     torch.testing.assert_close(by_mask, by_kernel)
+
+
+@pytest.mark.parametrize("kernel", [varlen_213, varlen_210])
+def test_varlen_takes_what_autocast_leaves(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:
+    """Under autocast rotary embeddings give fp32 queries and keys beside bf16 values, which the
+    real kernel refuses: ddp with bf16-mixed failed so on a GPU."""
+
+    def strict(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert {q.dtype, k.dtype, v.dtype} == {torch.bfloat16}
+        return torch.zeros_like(q)
+
+    strict.__signature__ = inspect.signature(kernel)  # type: ignore[attr-defined]
+    monkeypatch.setattr(dist.attention, "_varlen", lambda: strict)
+    packed, _ = packed_and_padded()
+    q, k, v = torch.randn(3, 2, 4, SEQ_LEN, 8)
+    info = Packed(cu_seqlens=packed.cu_seqlens, max_len=packed.max_len)
+    packed_attention(nn.Module(), q, k, v.to(torch.bfloat16), None, 8**-0.5, packed=info)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flash", "capability", "dropout", "said"),
+    [
+        (torch.bfloat16, True, (9, 0), 0.0, "varlen"),
+        (torch.bfloat16, True, (9, 0), 0.1, "block mask by SDPA (varlen kernels have no dropout)"),
+        (torch.bfloat16, True, (7, 5), 0.0, "block mask by SDPA (FlashAttention needs compute"),
+        (torch.float16, False, (8, 0), 0.0, "block mask by SDPA (this torch was built without"),
+        (torch.float32, True, (9, 0), 0.0, "block mask by SDPA (varlen kernels take 16-bit"),
+    ],
+)
+def test_a_gpu_without_flash_gets_the_mask_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, flash: bool,
+    capability: tuple[int, int], dropout: float, said: str,
+) -> None:  # fmt: skip
+    """On an old GPU, or a torch without FlashAttention, the kernel raises at the first step."""
+    monkeypatch.setattr(dist.attention, "_flash_was_built", lambda: flash)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda", 0)
+    assert dist.attention.describe_attention(device, dtype, dropout).startswith(said)
+    kernel = dist.attention.attention_kernel(device, dtype)
+    assert (kernel == "varlen") == (said == "varlen" or dropout > 0)
+    assert "cpu" in dist.attention.describe_attention(torch.device("cpu"), dtype)

@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dist.batch import Batch
+from dist.dataset import Dataset
+from dist.initialise import materialise
 from dist.loss import chunk_tokens, loss_scale, summed_loss
+from dist.mesh import data_mesh
+from dist.micro_batch import PeakBytes, full_batch
+from dist.precision import Precision
+from dist.sharding import shard_fsdp
+from recipes import llama
+from tests.make_dataset import write_dataset
+from tests.run_ranks import run_ranks
+from tests.test_dist_sharding import step_gradients
 
 N, D, V = 37, 8, 23
 
@@ -66,3 +77,51 @@ def test_chunks_bound_the_logits() -> None:
     """128k vocabularies must not get chunks of gigabytes."""
     assert chunk_tokens(128256, torch.device("cuda")) * 128256 * 4 <= 512 << 20
     assert chunk_tokens(128256, torch.device("cpu")) >= 16
+
+
+# 64 rows of 64 tokens on a vocabulary of 20,000: logits of 328 MB.
+SCHEMA = {"vocab_size": 20_000, "seq_len": 64, "token_dtype": "uint16"}
+LOGITS_BYTES = 64 * 64 * 20_000 * 4
+
+
+def peak_under_fsdp() -> int:
+    """Bytes at the peak of a forward and backward on this rank."""
+    shape = llama.ModelConfig(
+        hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=4, intermediate_size=48
+    )
+    net = llama.build(shape, SCHEMA)
+    cpu = torch.device("cpu")
+    shard_fsdp(net, llama.blocks(net), data_mesh(cpu), Precision(name="fp32", reason=""))
+    materialise(net, cpu, 0, 0.02)
+    batch: Batch = full_batch(64, SCHEMA)
+    with PeakBytes() as tracker:
+        net(batch).backward()
+    return tracker.peak
+
+
+def test_peak_stays_below_half_the_logits_under_fsdp() -> None:
+    """Full logits, or their gradient, held once would be 1.0; both in fp32 are what runs out of
+    memory first with vocabularies of 128k."""
+    for peak in run_ranks(peak_under_fsdp, 2, 120):
+        # Gathered, summed and reduced, the output matrix is there a few times (2.6 MB each).
+        assert 16_000_000 < peak < 0.5 * LOGITS_BYTES
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_dataset(tmp_path_factory.mktemp("data"), with_tokenizer=False)
+
+
+def test_1x8_equals_2x4_equals_8x1(dataset: Dataset) -> None:
+    """Micro-batch x accumulation x ranks: a mean of means weighs a short document's tokens more
+    wherever it lies alone."""
+    root = dataset.storage.url
+    whole, norm = step_gradients(root, "none", 8, 8)
+    # (ranks, micro-batch): 1 x 8 rows, 2 x 4, 8 x 1, then the same on two and four ranks.
+    splits = [(1, 4), (1, 1), (2, 4), (2, 1), (4, 2), (4, 1)]
+    for ranks, micro_batch in splits:
+        for grads, found in run_ranks(step_gradients, ranks, 240, root, "fsdp", 8, micro_batch):
+            assert found == pytest.approx(norm, rel=1e-6)
+            for name, grad in grads.items():
+                error = (grad - whole[name]).norm() / whole[name].norm()
+                assert error < 1e-6, (ranks, micro_batch, name)

@@ -45,8 +45,12 @@ FLOORS: dict[int, set[str]] = {
         *{"precision", "randomness", "sharding", "start"},
         *{"local_device", "memory_plan", "memory_trace", "op_cost", "plan_text", "pretend"},
         *{"step_time"},
+        *{"compile", "gradient_scaler", "micro_batch", "stochastic_adamw"},
     },
-    3: {"checkpoint_callback", "lightning_plugins", "run_recorder", "strategies"},
+    3: {
+        *{"checkpoint_callback", "lightning_plugins", "run_recorder", "strategies"},
+        *{"micro_batch_callback", "numerics"},
+    },
 }
 FLOOR_1_MAY_USE = {
     *{"numpy", "pyarrow", "fsspec", "xxhash"},
