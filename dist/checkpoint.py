@@ -231,13 +231,20 @@ def load_checkpoint(folder: Place, model: nn.Module, optimizer: torch.optim.Opti
 
 
 def check_same_run(
-    saved: dict[str, Any], now: dict[str, Any], may_change: Iterable[str], run: str
+    saved: dict[str, Any],
+    now: dict[str, Any],
+    may_change: Iterable[str],
+    run: str,
+    defaults: dict[str, Any] | None = None,
 ) -> None:
     """Refuse to resume with other settings than the run's, by name and both values.
 
-    `may_change` holds dotted keys; one of a group lets the whole group change.
+    `may_change` holds dotted keys; one of a group lets the whole group change. A key that is
+    younger than the run had its default, which `defaults` tells.
     """
-    old, new = _flatten(saved), _flatten(now)
+    new = _flatten(now)
+    younger = {key: value for key, value in _flatten(defaults or {}).items() if key in new}
+    old = younger | _flatten(saved)
     allowed = tuple(may_change)
     changed = [
         f"{key} was {old.get(key)!r}, is {new.get(key)!r}"

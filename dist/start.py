@@ -85,10 +85,10 @@ def start_run(
                 f"version {dataset.data_digest[:12]}; pass --data.url {identity['data']}, or "
                 "start another run (another --run, or --fresh)"
             )
-        old, now = identity["config"], asdict(config)
-        if "checkpoint_url" in now:  # runs of before there was one have none
-            old = {"checkpoint_url": "", **old}
-        check_same_run(old, now, may_change, f"the run {run.path}")
+        defaults = asdict(type(config)())
+        check_same_run(
+            identity["config"], asdict(config), may_change, f"the run {run.path}", defaults
+        )
     outcome = run.read_outcome()
     if (
         outcome

@@ -211,7 +211,7 @@ class Pretrain(LightningModule):
 
 def module_to_plan(config: Config, schema: dict[str, Any], precision: Precision) -> Pretrain:
     """What `leyden plan` takes through one step on pretended ranks."""
-    return Pretrain(config, schema, precision, Compile("off"))
+    return Pretrain(config, schema, precision, Compile(name="off"))
 
 
 def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:

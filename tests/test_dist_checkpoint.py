@@ -354,3 +354,11 @@ def test_changed_settings_are_named_with_both_values() -> None:
     check_same_run(saved, {**now, "model": {"num_layers": 4}}, may, "the run x")
     with pytest.raises(ConfigError, match=r"the run x .*model\.num_layers was 4, is 5"):
         check_same_run(saved, now, may, "the run x")
+
+
+def test_a_key_younger_than_the_run_had_its_default() -> None:
+    """A run of an older Leyden could not be resumed after an upgrade that added an option."""
+    saved, now = {"seed": 1}, {"seed": 1, "compile": "off"}
+    check_same_run(saved, now, (), "the run x", defaults={"seed": 0, "compile": "off"})
+    with pytest.raises(ConfigError, match=r"compile was 'off', is 'blocks'"):
+        check_same_run(saved, {**now, "compile": "blocks"}, (), "the run x", {"compile": "off"})
