@@ -25,15 +25,18 @@ FLOORS: dict[int, set[str]] = {
     },
     1: {
         *{"audit", "baselines", "commit", "config", "dataset", "lineage", "mixture", "order"},
-        *{"packing", "progress", "report", "report_facts", "report_html", "run_history"},
-        *{"shard_file", "storage", "svg_chart", "tokenizer", "verify"},
+        *{"bundle", "packing", "progress", "report", "report_facts", "report_html", "run_history"},
+        *{"shard_file", "skips", "stages", "storage", "svg_chart", "tokenizer", "verify"},
     },
     2: {
         *{"activation", "attention", "batch", "cache", "checkpoint", "checkpoint_files", "drain"},
         *{"export_hf", "guard", "initialise", "loader", "loss", "mesh", "meter", "optim"},
-        *{"precision", "randomness", "sharding", "start"},
+        *{"precision", "profiling", "randomness", "sharding", "start", "watchdog"},
     },
-    3: {"checkpoint_callback", "lightning_plugins", "run_recorder", "strategies"},
+    3: {
+        *{"checkpoint_callback", "lightning_plugins", "monitor", "run_guard", "run_recorder"},
+        *{"loggers", "strategies"},
+    },
 }
 FLOOR_1_MAY_USE = {
     *{"numpy", "pyarrow", "fsspec", "xxhash"},
