@@ -18,6 +18,7 @@ from dist.order import Order, derive_key, permute_inverse
 from dist.run_dir import RunDir
 from dist.run_history import I64, History, read_config, read_history
 from dist.shard_file import PackedShard
+from dist.skips import SkippingOrder, Skips
 from dist.tokenizer import TextTokenizer
 
 TRAIN = "train"
@@ -126,12 +127,14 @@ def who_saw(
 def sightings_of(history: History, num_rows: int, rows: I64, epochs: int) -> list[Sighting]:
     """Sightings of train rows (k,) in epochs 0 to `epochs`, by sample; `rows` of `num_rows`."""
     first = history.segments[0]
+    # What later rollbacks left out changed nothing for the segments before them.
+    skips = Skips(history.segments[-1].skipped)
     found = []
     for epoch in range(epochs):
         # Order.when for many rows; the order has one source until mixtures come.
         key = derive_key(first.seed, epoch, 0, "row")
-        t = epoch * num_rows + permute_inverse(rows, num_rows, key)
-        by_time = np.argsort(t)
+        t = skips.to_sample(epoch * num_rows + permute_inverse(rows, num_rows, key))
+        by_time = np.argsort(t)[np.count_nonzero(t < 0) :]  # -1: left out by a rollback
         place = history.places(t[by_time])
         columns = zip(
             rows[by_time].tolist(), t[by_time].tolist(), place.step.tolist(),
@@ -172,11 +175,12 @@ def replay(
             f"rank {rank}: step {step} ran on {segment.world_size} data-parallel ranks, "
             f"0 to {segment.world_size - 1} (attempt {segment.attempt})"
         )
-    epoch, numbers = Order(split.num_rows, segment.seed).rows(t0, t1)
+    order = SkippingOrder(Order(split.num_rows, segment.seed), Skips(segment.skipped))
+    epoch, numbers = order.rows(t0, t1)
     place = history.places(np.arange(t0, t1))
     mine = np.flatnonzero(place.rank == rank) if rank is not None else np.arange(t1 - t0)
     refs = refs_of(split, numbers[mine])
-    pieces = _read_pieces(dataset, refs, text=text)
+    pieces = read_pieces(dataset, refs, text=text)
     rows = [
         ReplayedRow(
             t=t0 + i, epoch=int(epoch[i]), rank=int(place.rank[i]), micro=int(place.micro[i]),
@@ -214,7 +218,7 @@ def open_run_data(run: RunDir, data: str = "") -> Dataset:
     raise AssertionError("unreachable: there is always a place to look")
 
 
-def _read_pieces(dataset: Dataset, refs: list[RowRef], *, text: bool) -> list[list[Piece]]:
+def read_pieces(dataset: Dataset, refs: list[RowRef], *, text: bool) -> list[list[Piece]]:
     """Pieces of each row, decoded if asked and if the dataset has its tokenizer."""
     paths = input_paths(dataset)
     tokenizer = None

@@ -151,6 +151,7 @@ class Checkpoints(Callback):
             **self._record,
             "order": self._recorder.order.to_dict(),
             "facts": self._recorder.facts(pl_module),
+            **{name: part() for name, part in self._recorder.state_parts.items()},
             "schedulers": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
             "lightning": {
                 "global_step": trainer.global_step,

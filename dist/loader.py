@@ -16,7 +16,7 @@ import dataclasses
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +34,12 @@ from dist.errors import describe
 from dist.mesh import PeerFailed, host_group
 from dist.order import Order, SequentialOrder, num_micro_batches, rank_span
 from dist.shard_file import PackedShard
+from dist.skips import SkippingOrder, Skips
+from dist.stages import DerivedOrder
 from dist.verify import ShardVerifier
 
 MAX_OPEN_SHARDS = 512
+SETTLE_TIMEOUT_S = 60.0
 
 
 class RowOrder(Protocol):
@@ -160,6 +163,14 @@ class TokenLoader:
             channel.begin(item.step)
             self._delivered = True
             yield item
+
+    def settle(self) -> None:
+        """Wait until the thread has agreed with the other ranks on the step after this one.
+
+        Ranks that all settle before they close leave none behind in an all-reduce.
+        """
+        if self._channel is not None:
+            self._channel.wait_filled(SETTLE_TIMEOUT_S)
 
     def close(self) -> None:
         """End the thread. It may sit in a collective with a dead peer: then it is left behind."""
@@ -324,6 +335,11 @@ class _Channel:
             self._changed.wait_for(lambda: self._closed or self._begun >= step)
             return not self._closed
 
+    def wait_filled(self, timeout_s: float) -> None:
+        """Wait until an item is there, or the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._items, timeout_s)
+
     def close(self) -> None:
         with self._changed:
             self._closed = True
@@ -341,11 +357,18 @@ def planned_shards(split: SplitTable, order: RowOrder, start_t: int, look_ahead:
 
 def training_loader(
     dataset: Dataset, seed: int, plan: LoaderPlan, run: Path, stack: ExitStack,
-    stop_requested: Callable[[], bool],
+    stop_requested: Callable[[], bool], skipped: Sequence[Sequence[int]] = (),
+    removed: Sequence[int] = (),
 ) -> TokenLoader:  # fmt: skip
-    """Rows of `train` in the order of `seed`, verified before use; all ranks must call it."""
+    """Rows of `train` in the order of `seed`, verified before use; all ranks must call it.
+
+    skipped: ranges of the order's stream to leave out; removed: rows that the dataset lacks of
+    the one that the order is of.
+    """
     split = dataset.split("train")
-    order = Order(split.num_rows, seed)
+    order: RowOrder = SkippingOrder(Order(split.num_rows + len(removed), seed), Skips(skipped))
+    if removed:
+        order = DerivedOrder(order, list(removed))
     verifier = ShardVerifier(dataset, split, run / "verified")
     verifier.start(planned_shards(split, order, plan.start_t, 64 * plan.batch))
     stack.callback(verifier.close)

@@ -35,6 +35,8 @@ class Segment:
     attempt: int
     seed: int
     data_digest: str
+    skipped: tuple[tuple[int, int], ...] = ()
+    """Ranges of the stream that rollbacks had left out when the segment began."""
 
     def t_of(self, step: int) -> int:
         """First sample of a step of this segment."""
@@ -240,6 +242,7 @@ def _segment(run: RunDir, identity: dict[str, Any], line: dict[str, Any]) -> Seg
         micro_batch=int(micro_batch),
         **{name: line[name] for name in ("step0", "t0", "batch", "world_size", "attempt")},
         **{name: line[name] for name in ("seed", "data_digest")},
+        skipped=tuple((int(p0), int(p1)) for p0, p1 in line.get("skipped", ())),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -44,6 +45,12 @@ class RunRecorder(Callback):
         self.tokens_per_s = 0.0
         self._attempt, self._max_steps = attempt, max_steps
         self._seq_len, self._log_every_steps = seq_len, log_every_steps
+        self.state_parts: dict[str, Callable[[], Any]] = {}
+        """More for a checkpoint's record, JSON by name; the same on all ranks."""
+        self.more_metrics: list[Callable[[dict[str, Any]], dict[str, Any]]] = []
+        """Called on all ranks with the metrics so far; what they return is logged too."""
+        self.metric_sinks: list[Callable[[int, dict[str, Any]], None]] = []
+        """Called on rank 0 with (step, metrics)."""
         self._exit = ExitStack()
         self._bar: Progress | None = None
         self._window = _Window()
@@ -110,6 +117,7 @@ class RunRecorder(Callback):
             "accumulation": trainer.accumulate_grad_batches,
             "seed": self.order.seed,
             "data_digest": self.order.data_digest,
+            **({"skipped": self.order.skipped} if self.order.skipped else {}),
         }
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
@@ -164,6 +172,7 @@ class RunRecorder(Callback):
         elapsed_s = max(time.perf_counter() - window.since, 1e-9)
         metrics = {
             "step": step,
+            "steps": window.steps,
             "loss": self.train_loss,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "grad_norm": float(pl_module.grad_norm),
@@ -172,15 +181,22 @@ class RunRecorder(Callback):
             "data_wait_s": (self.loader.wait_s - window.wait_s) / window.steps,
             **_peak_memory(pl_module.device),
         }
+        for more in self.more_metrics:
+            metrics |= more(metrics)
         self._total.tokens += window.tokens
         self._total.seconds += elapsed_s
         self.tokens_per_s = self._total.tokens / self._total.seconds
         if trainer.is_global_zero:
             self._append("metrics.jsonl", metrics)
+            self._tell_sinks(metrics)
         if self._bar is not None:
             note = f"loss {self.train_loss:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s"
             self._bar.set(step, note)
         window.restart(self.loader.wait_s)
+
+    def _tell_sinks(self, metrics: dict[str, Any]) -> None:
+        for sink in self.metric_sinks:
+            sink(metrics["step"], metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
@@ -188,7 +204,9 @@ class RunRecorder(Callback):
             facts = {"validation_loss": loss, "validation_targets": targets}
             if self._window.paused_at is not None:
                 facts["validation_s"] = time.perf_counter() - self._window.paused_at
-            self._append("metrics.jsonl", {"step": self.order.step, **facts})
+            record = {"step": self.order.step, **facts}
+            self._append("metrics.jsonl", record)
+            self._tell_sinks(record)
             if self._bar is not None:
                 self._bar.set(self.order.step, f"validation loss {loss:.3f}")
         self.pause()

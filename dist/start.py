@@ -6,18 +6,19 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dist.checkpoint import check_same_run, find_checkpoint, read_record
 from dist.config import config_digest, to_yaml
-from dist.dataset import open_dataset
 from dist.drain import clear_request, end_soon, lost_peer
 from dist.errors import ConfigError, DataRefused, SetupError, describe
 from dist.folder_files import files_of
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
+from dist.skips import Skips, read_skipped
+from dist.stages import begin_stage, open_run_dataset, read_stages
 from dist.url_path import Place, UrlPath, place_of
 from dist.verify import FULL_BELOW_BYTES, check_presence, verify_full
 
@@ -51,6 +52,10 @@ class Start:
     """Optimizer steps in all, earlier attempts included."""
     end_t: int | None = None
     """One past the last sample, where epochs were asked for."""
+    skipped: list[list[int]] = field(default_factory=list)
+    """Ranges of the data's stream that rollbacks and removed rows leave out."""
+    removed: list[int] = field(default_factory=list)
+    """Rows of train that the run's first dataset has and this one lacks."""
 
 
 def start_run(
@@ -68,18 +73,27 @@ def start_run(
     check_place(checkpoint_url)
     if config.max_epochs < 0:
         raise ConfigError(f"max_epochs is {config.max_epochs}; it must be 0 (max_steps) or more")
-    dataset = open_dataset(config.data.url)
+    identity = run.read_run()
+    if identity is not None:
+        _switch(run, identity, str(getattr(config, "switch_data", None) or ""))
+    dataset = open_run_dataset(run, identity, config.data.url)
     dataset.manifest.shards_of("train")
     check_presence(dataset)
     # max_epochs = E means E * N samples, so its last step may be short.
-    end_t = config.max_epochs * dataset.split("train").num_rows or None
+    # In rows of the run's first dataset, whose order it keeps.
+    stages = read_stages(run)
+    num_rows = dataset.split("train").num_rows + len(stages.removed)
+    end_t = config.max_epochs * num_rows or None
+    most = (end_t or config.max_steps * config.global_batch) + num_rows
+    skipped = stages.skipped(read_skipped(run), num_rows, config.seed, 2 * most)
+    if end_t is not None:
+        end_t -= Skips(skipped).left_out_before(end_t)
 
     def finished(step: int, t: int) -> bool:
         return t >= end_t if end_t else step >= config.max_steps
 
-    identity = run.read_run()
     if identity is not None:
-        if identity["data_digest"] != dataset.data_digest:
+        if (stages.digest or identity["data_digest"]) != dataset.data_digest:
             raise DataRefused(
                 f"the run {run.path} trains on {identity['data']}, but {config.data.url} is now "
                 f"version {dataset.data_digest[:12]}; pass --data.url {identity['data']}, or "
@@ -132,7 +146,7 @@ def start_run(
         max_steps = step + math.ceil((end_t - t) / config.global_batch)
     return Start(
         data=dataset.reference, attempt=attempt, checkpoints=checkpoints, checkpoint=checkpoint,
-        record=record, max_steps=max_steps, end_t=end_t,
+        record=record, max_steps=max_steps, end_t=end_t, skipped=skipped, removed=stages.removed,
     )  # fmt: skip
 
 
@@ -146,6 +160,20 @@ def check_place(checkpoint_url: str) -> None:
                 f"checkpoint_url {checkpoint_url}: memory is not shared between ranks; give a "
                 "folder or an object store (s3://...)"
             )
+
+
+def _switch(run: RunDir, identity: dict[str, Any], target: str) -> None:
+    """Go on with a derived dataset from the newest checkpoint on (or from an older one)."""
+    stages = read_stages(run)
+    target = target or (stages.lines[-1]["data"] if stages.lines else "")
+    if not target:
+        return
+    checkpoint, _ = find_checkpoint(run.checkpoints)
+    t, skipped = 0, []
+    if checkpoint is not None:
+        order = read_record(checkpoint)["order"]
+        t, skipped = order["t"], order["skipped"]
+    begin_stage(run, identity, target, t, skipped)
 
 
 @contextmanager
@@ -162,8 +190,9 @@ def failure_recorded(run: RunDir, attempt: int, ranks: Ranks) -> Iterator[None]:
         lost = lost_peer(error)
         if ranks.is_first:
             message, code = describe(lost or error) or (repr(error), 1)
+            status = {3: "data_refused", 93: "no_restart"}.get(code, "failed")
             try:
-                run.write_outcome(attempt, "data_refused" if code == 3 else "failed", error=message)
+                run.write_outcome(attempt, status, error=message)
             except (OSError, SetupError) as unwritten:
                 # What ended the run is what the person must see, not that its folder is full.
                 print(f"warning: {unwritten}", file=sys.stderr)

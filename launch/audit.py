@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dist.audit import Answer, Replay, ReplayedRow
@@ -59,7 +59,9 @@ def replay(arguments: list[str]) -> int:
         "leyden data replay quickstart --step 12 --rank 1 --full-text",
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--step", type=int, required=True, help="optimizer step, from 0")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--step", type=int, help="optimizer step, from 0")
+    which.add_argument("--bundle", metavar="FOLDER", help="repro bundle of the guard: its batch")
     parser.add_argument("--rank", type=int, help="only the rows of this data-parallel rank")
     parser.add_argument("--data", default="", metavar="FOLDER", help="where the dataset is now")
     parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
@@ -68,12 +70,39 @@ def replay(arguments: list[str]) -> int:
     from dist import audit
     from dist.run_history import find_run
 
+    if options.bundle:
+        return _replay_bundle(options)
     found = audit.replay(find_run(options.run), options.step, rank=options.rank, data=options.data)
     if options.json:
         print(json.dumps(dataclasses.asdict(found), indent=1))
     else:
         print(replay_text(found, full=options.full_text), end="")
     return 0
+
+
+def _replay_bundle(options: argparse.Namespace) -> int:
+    from dist.bundle import read_bundle, replay_bundle
+
+    found = replay_bundle(options.bundle, data=options.data, rank=options.rank)
+    record = read_bundle(options.bundle)
+    if options.json:
+        print(json.dumps({**record, "replay": dataclasses.asdict(found)}, indent=1))
+        return 0
+    print(bundle_text(record) + replay_text(found, full=options.full_text), end="")
+    return 0
+
+
+def bundle_text(record: dict[str, Any]) -> str:
+    """What was wrong with the step of a bundle, for people."""
+    lines = [
+        f"bundle     {', '.join(record['reasons'])}: loss {record['loss']}, gradient norm "
+        f"{record['grad_norm']}",
+        f"limits     loss {record['loss_limit']}, gradient norm {record['grad_norm_limit']}",
+    ]
+    for one in record["ranks"]:
+        losses = ", ".join(str(loss) for loss in one["losses"])
+        lines.append(f"rank {one['rank']:<5} on {one['host']}: loss sums {losses}")
+    return "\n".join(lines) + "\n"
 
 
 def who_saw_text(answer: Answer) -> str:

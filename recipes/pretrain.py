@@ -32,9 +32,11 @@ from dist.dataset import open_dataset
 from dist.drain import StopFlag, die_with_launcher, end_if_peer_lost, stop_requests
 from dist.errors import ConfigError, run_main
 from dist.gradient_scaler import GradientScaler
+from dist.guard import Guard, GuardConfig
 from dist.initialise import materialise
 from dist.lightning_plugins import StopRun, quiet_lightning, take_over
 from dist.loader import LoaderPlan, training_loader, validation_loader
+from dist.loggers import LogConfig
 from dist.loss import loss_scale
 from dist.mesh import (
     PeerFailed,
@@ -44,8 +46,10 @@ from dist.mesh import (
     start_process_group,
     stop_process_group,
 )
+from dist.meter import MeterConfig, TokenFlops, token_flops
 from dist.micro_batch import MicroBatch, check_micro_batch
 from dist.micro_batch_callback import AutoMicroBatch
+from dist.monitor import observers
 from dist.numerics import Numerics
 from dist.optim import OptimConfig, adamw, lr_schedule
 from dist.order import OrderState, num_micro_batches
@@ -56,21 +60,25 @@ from dist.precision import (
     check_precision,
     decide_precision,
 )
+from dist.profiling import ProfileConfig
 from dist.randomness import seed_micro_batch
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
+from dist.run_guard import RunGuard, run_attempts
 from dist.run_recorder import RunRecorder
 from dist.sharding import ParallelConfig, clip_grad_norm, shard_fsdp
 from dist.start import DataConfig, failure_recorded, start_run, summary_line
 from dist.strategies import LeydenEnvironment, make_strategy
+from dist.watchdog import WatchdogConfig
 from recipes import llama
 
 # What a run may change when it goes on; anything else would make it another run. A dataset may
 # move: its digest decides.
 MAY_CHANGE = (
-    "data.url", "data.verify", "parallel", "activation_checkpointing", "micro_batch", "compile",
-    "max_steps", "max_epochs", "val_every_steps", "val_rows", "save_every_steps",
-    "log_every_steps", "keep", "keep_best", "async_save", "max_failed_saves", "run", "run_root",
+    "data.url", "data.verify", "switch_data", "parallel", "activation_checkpointing",
+    "micro_batch", "compile", "max_steps", "max_epochs", "val_every_steps", "val_rows",
+    "save_every_steps", "log_every_steps", "guard", "meter", "watchdog", "log", "profile", "keep",
+    "keep_best", "async_save", "max_failed_saves", "run", "run_root",
 )  # fmt: skip
 
 
@@ -80,6 +88,8 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     """The dataset."""
+    switch_data: str = ""
+    """Go on with this version, derived from the run's by `leyden prep quarantine`: URL@DIGEST."""
     model: llama.ModelConfig = field(default_factory=llama.ModelConfig)
     """The model; its vocabulary and sequence length are the dataset's."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -120,6 +130,16 @@ class Config:
     """Failed saves in a row that end the run; fewer are warnings."""
     checkpoint_url: str = ""
     """Folder or fsspec URL for the checkpoints, in <run id>/; empty: RUN/checkpoints."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Non-finite values and spikes."""
+    meter: MeterConfig = field(default_factory=MeterConfig)
+    """Speed."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    """Hangs."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Loggers."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Profiler."""
     seed: int = 0
     """Seeds the first weights, the order of the data and dropout."""
     run: str = ""
@@ -148,6 +168,7 @@ class Pretrain(LightningModule):
         self.compiled = compiled
         self.scaler: GradientScaler | None = None
         self.grad_norm: Any = 0.0
+        self.guard: Any = None
         self.validation: tuple[float | None, int] = (None, 0)
         self.net: Any = None
         """The root module that is sharded and saved; made in configure_model."""
@@ -173,6 +194,7 @@ class Pretrain(LightningModule):
         # The rank is the data-parallel coordinate: every rank holds other rows.
         seed_micro_batch(self.config.seed, batch.step, batch.micro, self.global_rank, self.device)
         loss_sum = self.net(batch)
+        self.guard.saw(batch, loss_sum)
         # Lightning divides by this, also in a last short step of fewer micro-batches.
         num_micro = self.trainer.accumulate_grad_batches
         scale = loss_scale(batch.step_targets, self.trainer.world_size, num_micro)
@@ -186,6 +208,15 @@ class Pretrain(LightningModule):
         self.grad_norm = clip_grad_norm(self.net.parameters(), self.config.optim.clip_norm)
         if self.scaler is not None:
             self.scaler.skip(optimizer, self.grad_norm)
+        self.guard.check(optimizer, self.grad_norm)
+
+    def token_flops(self) -> TokenFlops:
+        """FLOPs a token, for the meter."""
+        model = self.config.model
+        return token_flops(
+            self.net.named_parameters(), num_layers=model.num_layers, width=model.hidden_size,
+            seq_len=self.schema["seq_len"], tied=model.tie_embeddings,
+        )  # fmt: skip
 
     def on_validation_epoch_start(self) -> None:
         # Sums over this rank's rows: loss, valid targets.
@@ -243,6 +274,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         if start.record is not None:
             state = OrderState.from_dict(start.record["order"])
         auto = AutoMicroBatch(run, config, schema, ranks, device)
+        state = replace(state, skipped=start.skipped)
         plan = LoaderPlan(
             batch=config.global_batch,
             micro_batch=auto.rows or 1,  # 1 until the trial has found it
@@ -254,12 +286,15 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             end_t=start.end_t,
         )
         requests = stop_requests(stop, run.path, is_first=ranks.is_first)
-        loader = training_loader(dataset, config.seed, plan, run.path, stack, requests)
+        loader = training_loader(
+            dataset, config.seed, plan, run.path, stack, requests, start.skipped, start.removed
+        )
         validation = validation_loader(dataset, plan, config.val_rows, run.path, stack)
         # Model and trainer.
         precision = on_rank_zero(lambda: decide_precision(config.precision, device))
         compiled = decide_compile(config.compile or "off", device)
         module = Pretrain(config, schema, precision, compiled)
+        module.guard = Guard(config.guard, device, world_size=ranks.world_size)
         auto.loaders = [loader] if validation is None else [loader, validation]
         recorder = RunRecorder(
             run,
@@ -284,13 +319,21 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         attention = describe_attention(device, precision.compute_dtype, dropout)
         kernels = {"precision": str(precision), "attention": attention, "compile": str(compiled)}
         numerics = Numerics(run, start.attempt, kernels)
+        guard = RunGuard(
+            run, module.guard, recorder, checkpoints, dataset=dataset, loader=loader,
+            attempt=start.attempt, config=config, record=start.record,
+        )  # fmt: skip
+        observing = observers(
+            run, recorder, config, ranks, stack,
+            attempt=start.attempt, device=device, dtype=precision.compute_dtype,
+        )  # fmt: skip
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=ranks.local_world_size,
             num_nodes=ranks.world_size // ranks.local_world_size,
             strategy=make_strategy(config.parallel.strategy),
             plugins=[LeydenEnvironment(ranks)],
-            callbacks=[auto, recorder, numerics, checkpoints],
+            callbacks=[auto, recorder, numerics, guard, checkpoints, *observing],
             max_steps=config.max_steps,
             accumulate_grad_batches=num_micro_batches(
                 config.global_batch, ranks.world_size, plan.micro_batch
@@ -349,8 +392,7 @@ def main() -> int:
             raise
         return error.exit_code
     try:
-        with ExitStack() as stack:
-            code = run(config, ranks, stack)
+        code = run_attempts(run, config, ranks)
         stop_process_group()
     except PeerFailed as error:
         return error.exit_code

@@ -119,11 +119,14 @@ def count_collectives(url: str, folder: str, neutralised: bool) -> tuple[dict[st
     return changed, seen[-1]
 
 
-def test_no_collective_and_no_foreign_handler_in_a_batch(dataset: Dataset, tmp_path: Path) -> None:
+def test_only_the_guards_collective_and_no_foreign_handler_in_a_batch(
+    dataset: Dataset, tmp_path: Path
+) -> None:
     """Lightning's loop broadcasts and waits for the host every batch (since 2.5.2)."""
     url = dataset.storage.url
     for counts, handler in run_ranks(count_collectives, 2, 240, url, str(tmp_path / "ours"), True):
-        assert counts == {}
+        # Two scalars a step for the guard's verdict (dist/guard.py), on no host's critical path.
+        assert counts == {"all_reduce": 4}
         assert "StopFlag" in handler
     # The counter itself must see what it is there for.
     counts, handler = run_ranks(count_collectives, 2, 240, url, str(tmp_path / "lightning"), False)[

@@ -26,6 +26,7 @@ FLOORS: dict[int, set[str]] = {
     1: {
         *{"audit", "baselines", "commit", "config", "dataset", "lineage", "mixture", "order"},
         *{
+            "bundle",
             "checkpoint_folder",
             "folder_files",
             "packing",
@@ -36,20 +37,20 @@ FLOORS: dict[int, set[str]] = {
             "report_html",
             "run_history",
         },
-        *{"shard_file", "storage", "svg_chart", "tokenizer", "verify"},
+        *{"shard_file", "skips", "stages", "storage", "svg_chart", "tokenizer", "verify"},
     },
     2: {
         *{"activation", "attention", "batch", "cache", "checkpoint", "checkpoint_files", "drain"},
         *{"checkpoint_url"},
         *{"export_hf", "guard", "initialise", "loader", "loss", "mesh", "meter", "optim"},
-        *{"precision", "randomness", "sharding", "start"},
+        *{"precision", "profiling", "randomness", "sharding", "start", "watchdog"},
         *{"local_device", "memory_plan", "memory_trace", "op_cost", "plan_text", "pretend"},
         *{"step_time"},
         *{"compile", "gradient_scaler", "micro_batch", "stochastic_adamw"},
     },
     3: {
         *{"checkpoint_callback", "lightning_plugins", "run_recorder", "strategies"},
-        *{"micro_batch_callback", "numerics"},
+        *{"loggers", "micro_batch_callback", "monitor", "numerics", "run_guard"},
     },
 }
 FLOOR_1_MAY_USE = {

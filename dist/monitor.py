@@ -1,0 +1,213 @@
+"""The Lightning callbacks that watch a run: meter, profiler, heartbeats for the watchdog."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed
+from pytorch_lightning import Callback, Trainer
+from torch.nn.parallel import DistributedDataParallel
+
+from dist.batch import Batch
+from dist.loggers import check_loggers, open_loggers
+from dist.meter import (
+    MeterConfig,
+    Peak,
+    Speed,
+    TokenFlops,
+    ddp_communication_s,
+    device_peak,
+    mfu,
+    peak_memory_gib,
+    verdict,
+)
+from dist.profiling import PROFILE, Window
+from dist.ranks import Ranks
+from dist.run_dir import RunDir
+from dist.run_recorder import RunRecorder
+from dist.watchdog import Watchdog
+
+
+class Monitor(Callback):
+    """Meters a run. What it needs of a step it takes from the recorder when that logs."""
+
+    def __init__(
+        self, run: RunDir, recorder: RunRecorder, config: MeterConfig, *,
+        attempt: int, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self._run, self._recorder, self._config = run, recorder, config
+        self._attempt, self._dtype = attempt, dtype
+        self._peak = Peak(flops=0.0, source="not asked for yet")
+        self._flops: TokenFlops | None = None
+        self._trainer: Trainer | None = None
+        self._started = self._said = 0.0
+        # Sums since the start: steps, seconds in steps, seconds of waiting for data, tokens.
+        self._steps = self._in_steps_s = self._wait_s = self._tokens = 0.0
+        recorder.more_metrics.append(self._measure)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._trainer = trainer
+        self._flops = pl_module.token_flops()
+        self._peak = device_peak(trainer.strategy.root_device, self._dtype, self._config)
+        self._started = self._said = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._say()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        if not isinstance(exception, Exception):  # stopped on request, or rolled back
+            self._say()
+
+    def _measure(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Meter the steps since the last log; all ranks call it together."""
+        trainer = self._trainer
+        assert trainer is not None and self._flops is not None
+        wait_s = torch.tensor(float(metrics["data_wait_s"]))
+        if trainer.world_size > 1:
+            wait_s = wait_s.to(trainer.strategy.root_device)
+            torch.distributed.all_reduce(wait_s, torch.distributed.ReduceOp.MAX)
+        tokens_per_s, step_s = metrics["tokens_per_s"], metrics["step_s"]
+        steps = metrics["steps"]
+        self._steps += steps
+        self._in_steps_s += steps * step_s
+        self._wait_s += steps * wait_s.item()
+        self._tokens += steps * step_s * tokens_per_s
+        found = {
+            "data_wait_share": min(1.0, wait_s.item() / step_s),
+            "mfu": mfu(tokens_per_s, self._flops.full, self._peak, trainer.world_size),
+            "mfu_causal": mfu(tokens_per_s, self._flops.causal, self._peak, trainer.world_size),
+            "communication_share": self._communication(trainer, step_s),
+            "peak_memory_mib": 1024 * peak_memory_gib(trainer.strategy.root_device),
+        }
+        if self._config.every_min and time.monotonic() - self._said > 60 * self._config.every_min:
+            self._say()
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _communication(self, trainer: Trainer, step_s: float) -> float | None:
+        if trainer.world_size == 1:
+            return 0.0
+        if not isinstance(trainer.model, DistributedDataParallel):
+            return None
+        waited_s = ddp_communication_s(trainer.model)
+        return None if waited_s is None else min(1.0, waited_s / step_s)
+
+    def speed(self) -> Speed | None:
+        """The attempt so far; None before its first log."""
+        trainer = self._trainer
+        if trainer is None or self._flops is None or not self._steps:
+            return None
+        tokens_per_s = self._tokens / self._in_steps_s
+        step_s = self._in_steps_s / self._steps
+        elapsed_s = max(time.monotonic() - self._started, self._in_steps_s)
+        return Speed(
+            tokens_per_s=tokens_per_s, step_s=step_s,
+            data_share=min(1.0, self._wait_s / self._in_steps_s),
+            communication_share=self._communication(trainer, step_s),
+            outside_share=1.0 - self._in_steps_s / elapsed_s,
+            mfu=mfu(tokens_per_s, self._flops.full, self._peak, trainer.world_size),
+            mfu_causal=mfu(tokens_per_s, self._flops.causal, self._peak, trainer.world_size),
+            peak_memory_gib=peak_memory_gib(trainer.strategy.root_device),
+        )  # fmt: skip
+
+    def _say(self) -> None:
+        self._said = time.monotonic()
+        speed = self.speed()
+        if speed is None or self._trainer is None or not self._trainer.is_global_zero:
+            return
+        if not self._config.every_min:
+            return
+        line = verdict(speed, self._peak)
+        print(f"meter: {line}", file=sys.stderr)
+        record = {"event": "meter", "verdict": line, "time": time.time()}
+        try:
+            self._run.append("ledger.jsonl", {**record, "attempt": self._attempt})
+        except OSError as error:
+            print(f"warning: the meter cannot write: {error}", file=sys.stderr)
+
+
+class Heartbeats(Callback):
+    """Tells the watchdog of a rank how far it is."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._watchdog.start()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._watchdog.beat(batch.step, "forward")
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Any) -> None:
+        self._watchdog.beat(self._watchdog.step, "backward")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+        self._watchdog.beat(self._watchdog.step, "after backward")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if batch.ends_step:
+            self._watchdog.step_done()
+        self._watchdog.beat(batch.step + int(batch.ends_step), "data")
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self._watchdog.beat(self._watchdog.step, "validation")
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._watchdog.close()
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._watchdog.close()
+
+
+class ProfileSteps(Callback):
+    """Profiles the window of steps that a config asks for."""
+
+    def __init__(self, window: Window) -> None:
+        self._window = window
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if batch.micro == 0:
+            self._window.before_step(batch.step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if batch.ends_step:
+            self._window.after_step(batch.step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._window.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        if isinstance(exception, torch.OutOfMemoryError):
+            self._window.out_of_memory()
+        self._window.close()
+
+
+def observers(
+    run: RunDir, recorder: RunRecorder, config: Any, ranks: Ranks, stack: ExitStack, *,
+    attempt: int, device: torch.device, dtype: torch.dtype,
+) -> list[Callback]:  # fmt: skip
+    """The callbacks that watch a run, by config.meter, .watchdog, .log and .profile."""
+    check_loggers(config.log)
+    watchdog = Watchdog(run, attempt, config.watchdog, rank=ranks.rank, world_size=ranks.world_size)
+    stack.callback(watchdog.close)
+    if ranks.is_first and (loggers := open_loggers(run, config.log, attempt=attempt)):
+        loggers.config(asdict(config))
+        recorder.metric_sinks.append(loggers.log)
+        stack.callback(loggers.close)
+    return [
+        Monitor(run, recorder, config.meter, attempt=attempt, dtype=dtype),
+        ProfileSteps(Window(run.path / PROFILE, config.profile, ranks.rank, device)),
+        Heartbeats(watchdog),
+    ]

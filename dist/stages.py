@@ -1,0 +1,140 @@
+"""A run that goes on with a derived dataset: the same order, without the rows that were removed.
+
+`leyden prep quarantine` derives a version whose rows keep their order. From the sample at which a
+run switches to it, the run's order leaves the removed rows out, in this epoch and all later ones:
+no row of the epoch comes twice, none but the removed is missed. Rows are still numbered as in the
+dataset that the run began with, here `first`; the derived shards' numbers follow from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist.dataset import Dataset, open_dataset
+from dist.errors import DataRefused
+from dist.order import derive_key, permute_inverse
+from dist.run_dir import RunDir
+from dist.skips import Skips, merge_ranges
+
+STAGES = "stages.jsonl"
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The switches of a run, as its stages.jsonl has them."""
+
+    lines: list[dict[str, Any]]
+
+    @property
+    def digest(self) -> str | None:
+        """The version that the run trains on; None if it never switched."""
+        return self.lines[-1]["data_digest"] if self.lines else None
+
+    @property
+    def removed(self) -> list[int]:
+        """Rows of train that are left out in the end, numbered as in the first dataset."""
+        return sorted({row for line in self.lines for row in line["removed"]})
+
+    def skipped(self, ranges: list[list[int]], num_rows: int, seed: int, end: int) -> list[Any]:
+        """`ranges` and the removed rows' positions in the stream, up to position `end`.
+
+        num_rows: of the first dataset.
+        """
+        found = list(ranges)
+        for line in self.lines:
+            rows = np.array(line["removed"], np.int64)
+            for epoch in range(line["position"] // num_rows, end // num_rows + 1):
+                key = derive_key(seed, epoch, 0, "row")
+                at = epoch * num_rows + permute_inverse(rows, num_rows, key)
+                found += [[p, p + 1] for p in at.tolist() if p >= line["position"]]
+        return merge_ranges(found)
+
+
+class DerivedOrder:
+    """An order over the first dataset's rows, renumbered for a derived one without `removed`."""
+
+    def __init__(self, order: Any, removed: list[int]) -> None:
+        self._order, self._removed = order, np.array(removed, np.int64)
+        self.num_rows = order.num_rows - len(removed)
+
+    def rows(self, t0: int, t1: int) -> tuple[I64, I64]:
+        """(epoch, row of the derived dataset) of each sample t0 <= t < t1."""
+        epoch, rows = self._order.rows(t0, t1)
+        before = np.searchsorted(self._removed, rows)
+        met = before < len(self._removed)
+        if met.any() and (self._removed[before[met]] == rows[met]).any():
+            raise DataRefused(
+                "the order holds a removed row: stages.jsonl or guard/skipped.jsonl of the run "
+                "was edited, or the run was made longer without a restart"
+            )
+        return epoch, rows - before
+
+
+def read_stages(run: RunDir) -> Stages:
+    """The switches of a run so far."""
+    return Stages(lines=run.read_lines(STAGES))
+
+
+def begin_stage(run: RunDir, identity: dict[str, Any], target: str, t: int, skipped: Any) -> Stages:
+    """Record that the run goes on with `target` from sample t on; nothing if it does already.
+
+    skipped: ranges of the stream left out before. Raises DataRefused unless `target` is derived
+    from the version that the run is on.
+    """
+    stages = read_stages(run)
+    dataset = open_dataset(target)
+    # The stream without the removal: what stands before sample t stays as it is.
+    position = int(Skips(skipped).to_stream(np.array([t]))[0])
+    if stages.digest == dataset.data_digest:
+        if position < min(line["position"] for line in stages.lines):
+            # An older checkpoint than that of the switch: the removal begins earlier.
+            line = {**stages.lines[-1], "position": position, "removed": stages.removed}
+            run.append(STAGES, line)
+        return read_stages(run)
+    current = stages.digest or identity["data_digest"]
+    record = dataset.read_provenance() or {}
+    if record.get("parent") != current or "removed" not in record:
+        raise DataRefused(
+            f"{dataset.reference} is not derived by `leyden prep quarantine` from what the run "
+            f"{run.path} trains on, {current[:12]} (its parent: {record.get('parent')}); only "
+            "such a version can be switched to"
+        )
+    removed = first_numbers(record["removed"]["rows"], stages.removed)
+    run.append(
+        STAGES,
+        {"t": t, "position": position, "data": dataset.reference, "removed": removed,
+         "data_digest": dataset.data_digest, "parent": current},
+    )  # fmt: skip
+    return read_stages(run)
+
+
+def first_numbers(rows: list[int], removed: list[int]) -> list[int]:
+    """Rows of a dataset without `removed`, numbered as in the one with them."""
+    found = []
+    for row in sorted(rows):
+        number = row
+        for gone in removed:
+            if gone <= number:
+                number += 1
+        found.append(number)
+    return found
+
+
+def open_run_dataset(run: RunDir, identity: dict[str, Any] | None, url: str) -> Dataset:
+    """The dataset that a run trains on now: of its newest stage, or at `url`.
+
+    `url` may name any version that the run was on.
+    """
+    stages = read_stages(run)
+    if identity is None or stages.digest is None:
+        return open_dataset(url)
+    known = {identity["data_digest"], *(line["data_digest"] for line in stages.lines)}
+    given = open_dataset(url)
+    if given.data_digest not in known:
+        return given  # refused by the caller, by both names
+    return open_dataset(stages.lines[-1]["data"])

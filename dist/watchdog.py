@@ -1,0 +1,285 @@
+"""A hang is named and ended: which rank, where, on which host; in bounded time.
+
+Every rank has a daemon thread. It writes a heartbeat, a file of one line in the attempt's folder
+(`heartbeats/<rank>`: host, process, step, phase, progress), and watches the rank's own progress.
+Where one rank hangs, soon none makes progress. When a rank has made none for the time-out, it
+writes the stacks of all its threads and what it waits for (`hang/rank-<n>.json`, `.txt`), looks at
+what the others wrote, and the first of them writes the outcome `hung` with the ranks at fault:
+
+    no heartbeat for a while      stopped (SIGSTOP, swapped out, a dead node), or Python blocked
+    not waiting for other ranks   in Python code, in data, in a library
+    all wait, or none does        those with the least progress
+
+Then every rank that can ends itself; torchrun's agent ends the others. Where Python is blocked
+(C code that keeps the interpreter's lock) faulthandler's own thread writes the stacks.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dist.drain import end_process
+from dist.errors import ConfigError
+from dist.local_files import create_exclusive, write_atomic
+from dist.run_dir import RunDir
+
+EXIT_HUNG = 1
+NO_HEARTBEAT = "no heartbeat: stopped, dead, or Python blocked"
+# Where a thread waits for other ranks: files of torch, and functions of ours.
+_WAITING_FILES = ("torch/distributed/", "torch/autograd/", "torch/_ops.py", "torch/nn/parallel/")
+_WAITING_CALLS = (("checkpoint_callback.py", "_settle"), ("checkpoint.py", "wait"))
+_LOADER = "dist/loader.py"
+_FULL = ("put", "wait_begun")
+_SAVING_FILES = ("dist/checkpoint_callback.py", "dist/checkpoint.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+    """When a run that makes no progress is ended, with the rank at fault named."""
+
+    timeout_s: float = 600.0
+    """Longest time without a finished micro-batch; 0: no watchdog."""
+    factor: float = 20.0
+    """At least this many median steps, if that is longer than timeout_s."""
+    start_timeout_s: float = 3600.0
+    """The same before the first step is done (compilation, first data), and while saving."""
+    interval_s: float = 5.0
+    """Seconds between heartbeats."""
+
+    def __post_init__(self) -> None:
+        if self.timeout_s < 0 or self.factor < 0 or self.interval_s <= 0:
+            raise ConfigError("watchdog: interval_s must be above 0, the others not negative")
+        if self.timeout_s and self.start_timeout_s < self.timeout_s:
+            raise ConfigError(
+                f"watchdog.start_timeout_s {self.start_timeout_s} is below timeout_s "
+                f"{self.timeout_s}"
+            )
+
+
+class Watchdog:
+    """Heartbeats and the watch over one rank's progress; `beat` is called by the training loop."""
+
+    def __init__(
+        self, run: RunDir, attempt: int, config: WatchdogConfig, *, rank: int, world_size: int
+    ) -> None:
+        self._run, self._attempt, self._config = run, attempt, config
+        self._rank, self._world_size = rank, world_size
+        folder = run.attempt_dir(attempt)
+        self._beats, self._hang = folder / "heartbeats", folder / "hang"
+        self._progress, self.step, self._phase = 0, 0, "start"
+        self._since = time.monotonic()
+        self._step_since: float | None = None
+        self._steps_s: deque[float] = deque(maxlen=50)
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._main = threading.main_thread().ident
+        self._stacks: Any = None
+
+    def start(self) -> None:
+        """Start to watch; does nothing if the watchdog is off."""
+        if not self._config.timeout_s or self._thread is not None:
+            return
+        for folder in (self._beats, self._hang):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._stacks = open(self._hang / f"rank-{self._rank}.txt", "w")  # noqa: SIM115
+        self._since = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop to watch."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2 * self._config.interval_s)
+            faulthandler.cancel_dump_traceback_later()
+            self._stacks.close()
+            self._thread = None
+
+    def beat(self, step: int, phase: str) -> None:
+        """The rank goes on: it enters a phase of a step."""
+        self._progress += 1
+        self.step, self._phase, self._since = step, phase, time.monotonic()
+
+    def step_done(self) -> None:
+        """An optimizer step has ended; its time sets the time-out of slow models."""
+        now = time.monotonic()
+        if self._step_since is not None:
+            self._steps_s.append(now - self._step_since)
+        self._step_since = now
+
+    def timeout_s(self, *, saving: bool = False) -> float:
+        """How long no progress is no hang, now."""
+        if saving or len(self._steps_s) < 1:
+            return self._config.start_timeout_s
+        return max(self._config.timeout_s, self._config.factor * statistics.median(self._steps_s))
+
+    def _watch(self) -> None:
+        interval_s, woke = self._config.interval_s, time.monotonic()
+        while not self._closed.wait(interval_s):
+            now = time.monotonic()
+            if now - woke > 3 * interval_s:
+                self._since += now - woke  # the whole process was stopped (a suspended job)
+            woke = now
+            idle_s = now - self._since
+            self._write_beat(idle_s)
+            limit_s = self.timeout_s()
+            # Re-armed by every heartbeat: it fires only where this thread cannot run.
+            faulthandler.dump_traceback_later(2 * limit_s, file=self._stacks)
+            if idle_s > limit_s and idle_s > self.timeout_s(saving=self._saving()):
+                self._end(idle_s)
+
+    def _write_beat(self, idle_s: float) -> None:
+        beat = {**self._describe(idle_s), "time": time.time()}
+        try:
+            # Not atomic: a reader of a torn line takes the next one.
+            (self._beats / str(self._rank)).write_text(json.dumps(beat))
+        except OSError as error:
+            print(f"warning: the watchdog cannot write: {error}", file=sys.stderr)
+
+    def _saving(self) -> bool:
+        return any(where.endswith(_SAVING_FILES) for where, _, _ in self._main_stack())
+
+    def _main_stack(self) -> list[tuple[str, str, int]]:
+        """(file, function, line) of the main thread, innermost first."""
+        return stack_of(sys._current_frames().get(self._main or -1))
+
+    def _end(self, idle_s: float) -> None:
+        """Say where this rank is, find who is at fault, and end the process."""
+        try:
+            mine = self._describe(idle_s)
+            write_atomic(self._hang / f"rank-{self._rank}.json", json.dumps(mine).encode())
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+            self._stacks.flush()
+            before = self._read_beats()
+            # The others' time-outs end about now; their threads look every interval.
+            self._wait_for_others(4 * self._config.interval_s)
+            guilty = at_fault(self._reports(), before, self._read_beats(), self._world_size)
+            self._conclude(guilty, mine, idle_s)
+        except Exception as error:  # whatever happens here, the process must end
+            print(f"error: the watchdog failed: {error!r}", file=sys.stderr)
+        end_process(EXIT_HUNG)
+
+    def _describe(self, idle_s: float) -> dict[str, Any]:
+        frames = sys._current_frames()
+        in_loaders = [
+            stack_of(frames.get(thread.ident or -1))
+            for thread in threading.enumerate()
+            if thread.name == "gather"
+        ]
+        waiting, where = waits_for_others(self._main_stack(), in_loaders)
+        return {
+            "rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(),
+            "step": self.step, "phase": self._phase, "progress": self._progress,
+            "idle_s": idle_s, "waits_for_others": waiting, "where": where,
+        }  # fmt: skip
+
+    def _wait_for_others(self, grace_s: float) -> None:
+        deadline = time.monotonic() + grace_s
+        while len(self._reports()) < self._world_size and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def _reports(self) -> dict[int, dict[str, Any]]:
+        return _read_all(self._hang.glob("rank-*.json"))
+
+    def _read_beats(self) -> dict[int, dict[str, Any]]:
+        return _read_all(self._beats.glob("[0-9]*"))
+
+    def _conclude(self, guilty: list[dict[str, Any]], mine: dict[str, Any], idle_s: float) -> None:
+        text = hang_text(guilty, self._hang)
+        print(f"error: rank {self._rank}: no progress for {idle_s:.0f} s in step {mine['step']} "
+              f"({mine['where']}); {text}", file=sys.stderr)  # fmt: skip
+        if create_exclusive(self._hang / "verdict.json", json.dumps(guilty).encode()):
+            self._run.write_outcome(
+                self._attempt, "hung", error=text, step=mine["step"], at_fault=guilty
+            )
+
+
+def stack_of(frame: FrameType | None) -> list[tuple[str, str, int]]:
+    """(file, function, line) of a frame and its callers, innermost first."""
+    if frame is None:
+        return []
+    walked = traceback.walk_stack(frame)
+    return [(one.f_code.co_filename, one.f_code.co_name, line) for one, line in walked]
+
+
+def waits_for_others(
+    main: list[tuple[str, str, int]], loaders: list[list[tuple[str, str, int]]]
+) -> tuple[bool, str]:
+    """Whether a rank's stacks say that it waits for other ranks, and its innermost place.
+
+    A main thread that waits for data stands where a loader's thread stands: one that does not
+    itself wait for the main thread to take what it has (validation data, read ahead).
+    """
+    stack = main
+    if any(f.endswith(_LOADER) and name == "get" for f, name, _ in main):
+        empty = [one for one in loaders if not any(name in _FULL for _, name, _ in one)]
+        stack = (empty or loaders or [main])[0]
+    if not stack:
+        return False, "no Python frame"
+    # threading.wait and the like are where a place of ours waits, not where it is.
+    named = [one for one in stack if "/threading.py" not in one[0] and "/queue.py" not in one[0]]
+    file, function, line = (named or stack)[0]
+    waiting = any(part in file for part in _WAITING_FILES) or any(
+        file.endswith(name) and function == call for name, call in _WAITING_CALLS
+    )
+    return waiting, f"{file}:{line} in {function}"
+
+
+def at_fault(
+    reports: dict[int, dict[str, Any]], before: dict[int, dict[str, Any]],
+    after: dict[int, dict[str, Any]], world_size: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The ranks that hang: without a heartbeat, else not waiting for others, else behind.
+
+    reports: what ranks wrote at their time-out; before, after: heartbeats some intervals apart.
+    """
+    silent = [
+        {**after.get(rank, {"rank": rank}), "where": NO_HEARTBEAT}
+        for rank in range(world_size)
+        if rank not in reports
+        and before.get(rank, {}).get("time") == after.get(rank, {}).get("time")
+    ]
+    if silent:
+        return silent
+    known = [one for _, one in sorted({**after, **reports}.items())]
+    busy = [one for one in known if not one["waits_for_others"]]
+    if busy and (len(busy) < len(known) or world_size == 1):
+        return busy
+    least = min(one["progress"] for one in known)
+    return [one for one in known if one["progress"] == least]
+
+
+def hang_text(guilty: list[dict[str, Any]], folder: Path) -> str:
+    """Who hangs, in one line."""
+    named = "; ".join(
+        f"rank {one['rank']} on {one.get('host', 'an unknown host')} hangs in step "
+        f"{one.get('step', '?')}, {one.get('phase', 'start')} ({one['where']})"
+        for one in guilty[:4]
+    )
+    more = f" and {len(guilty) - 4} more ranks" if len(guilty) > 4 else ""
+    then = "the same command goes on from the newest checkpoint"
+    return f"{named}{more}; stacks are in {folder}; {then}"
+
+
+def _read_all(paths: Any) -> dict[int, dict[str, Any]]:
+    found = {}
+    for path in paths:
+        try:
+            record = json.loads(path.read_text())
+            found[int(record["rank"])] = record
+        except (OSError, ValueError, KeyError):
+            continue  # torn, or just being written
+    return found
