@@ -17,6 +17,7 @@ from dist.loader import TokenLoader
 from dist.order import OrderState
 from dist.progress import Progress
 from dist.run_dir import RunDir
+from dist.sharding import num_parameters
 
 
 class RunRecorder(Callback):
@@ -52,7 +53,7 @@ class RunRecorder(Callback):
             "validation_loss": loss,
             "validation_targets": targets,
             "tokens_per_s": self.tokens_per_s,
-            "params": sum(parameter.numel() for parameter in pl_module.net.parameters()),
+            "params": num_parameters(pl_module.net),
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,7 +83,9 @@ class RunRecorder(Callback):
             "step0": self.order.step,
             "t0": self.order.t,
             "batch": self.order.batch,
-            "world_size": trainer.world_size,
+            # Data-parallel ranks decide the rows; `ranks` are all.
+            "world_size": self._loader.plan.world_size,
+            "ranks": trainer.world_size,
             "accumulation": trainer.accumulate_grad_batches,
             "attempt": self._attempt,
             "seed": self.order.seed,
@@ -111,7 +114,8 @@ class RunRecorder(Callback):
         """Means over the steps since the last log; the one place that waits for the device."""
         window = self._window
         assert window.loss is not None
-        loss = window.loss.detach().clone()
+        # Ranks of a tensor-parallel group have the same rows: one of them counts.
+        loss = window.loss.detach() * self._loader.plan.counts
         if trainer.world_size > 1:
             torch.distributed.all_reduce(loss)
         self.train_loss = loss.item() / window.steps

@@ -27,6 +27,7 @@ from dist.batch import Batch
 from dist.checkpoint_callback import Checkpoints
 from dist.config import parse_config
 from dist.dataset import open_dataset
+from dist.deepspeed_zero import gather_with
 from dist.drain import StopFlag, die_with_launcher, end_if_peer_lost, stop_requests
 from dist.errors import ConfigError, run_main
 from dist.initialise import materialise
@@ -34,8 +35,10 @@ from dist.lightning_plugins import StopRun, quiet_lightning, take_over
 from dist.loader import LoaderPlan, training_loader, validation_loader
 from dist.loss import loss_scale
 from dist.mesh import (
+    Layout,
     PeerFailed,
     choose_device,
+    data_axes,
     on_rank_zero,
     share_cores,
     start_process_group,
@@ -48,9 +51,9 @@ from dist.randomness import seed_micro_batch
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
 from dist.run_recorder import RunRecorder
-from dist.sharding import ParallelConfig, clip_grad_norm, shard_fsdp
+from dist.sharding import ParallelConfig, arrange, clip_grad_norm, shard_fsdp
 from dist.start import DataConfig, failure_recorded, start_run, summary_line
-from dist.strategies import LeydenEnvironment, make_strategy
+from dist.strategies import LeydenEnvironment, StepTimeout, make_strategy
 from recipes import llama
 
 # What a run may change when it goes on; anything else would make it another run. A dataset may
@@ -113,9 +116,12 @@ class Config:
 class Pretrain(LightningModule):
     """The model as Lightning sees it; what is sharded and saved is `net`."""
 
-    def __init__(self, config: Config, schema: dict[str, Any], precision: Precision) -> None:
+    def __init__(
+        self, config: Config, schema: dict[str, Any], precision: Precision, layout: Layout
+    ) -> None:
         super().__init__()
         self.config, self.schema, self.precision = config, schema, precision
+        self.layout = layout
         self.grad_norm: Any = 0.0
         self.validation: tuple[float | None, int] = (None, 0)
         self.net: Any = None
@@ -125,33 +131,40 @@ class Pretrain(LightningModule):
         if self.net is not None:
             return
         net = llama.build(self.config.model, self.schema)
+        if self.layout.tp > 1:
+            llama.split_layers(net, self.device_mesh["tp"])
         checkpoint_blocks(llama.blocks(net), self.config.activation_checkpointing)
-        sharded = self.config.parallel.strategy == "fsdp"
+        sharded = self.config.parallel.strategy in ("fsdp", "hsdp")
         if sharded:
-            shard_fsdp(net, llama.blocks(net), self.device_mesh, self.precision)
+            shard_fsdp(net, llama.blocks(net), data_axes(self.device_mesh), self.precision)
         llama.set_precision(net, self.precision, by_policy=sharded)
         device = self.trainer.strategy.root_device
-        materialise(net, device, self.config.seed, self.config.model.init_std)
+        fill = llama.first_weights(net, self.config.model)
+        materialise(net, device, self.config.seed, self.config.model.init_std, fill)
+        if self.config.parallel.strategy == "deepspeed":
+            gather_with(net, net.model.lm_head.weight)
         self.net = net
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
-        # The rank is the data-parallel coordinate: every rank holds other rows.
-        seed_micro_batch(self.config.seed, batch.step, batch.micro, self.global_rank, self.device)
+        coordinate = self.layout.dp_rank
+        seed_micro_batch(self.config.seed, batch.step, batch.micro, coordinate, self.device)
         loss_sum = self.net(batch)
         # Lightning divides by this, also in a last short step of fewer micro-batches.
         num_micro = self.trainer.accumulate_grad_batches
-        scale = loss_scale(batch.step_targets, self.trainer.world_size, num_micro)
+        scale = loss_scale(batch.step_targets, self.layout.dp_size, num_micro)
         return {"loss": loss_sum * scale, "loss_sum": loss_sum.detach()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.grad_norm = clip_grad_norm(self.net.parameters(), self.config.optim.clip_norm)
+        if self.config.parallel.strategy != "deepspeed":  # which clips in its engine
+            self.grad_norm = clip_grad_norm(self.net.parameters(), self.config.optim.clip_norm)
 
     def on_validation_epoch_start(self) -> None:
         # Sums over this rank's rows: loss, valid targets.
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._sums += torch.stack((self.net(batch).double(), batch.valid.sum().double()))
+        sums = torch.stack((self.net(batch).double(), batch.valid.sum().double()))
+        self._sums += sums * self.layout.counts
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.world_size > 1:
@@ -172,7 +185,8 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
     quiet_lightning()
     device = choose_device(ranks)
     share_cores(ranks, device)
-    start_process_group(ranks, device)
+    layout = arrange(config.parallel, ranks)
+    start_process_group(ranks, device, config.parallel.start_timeout_s)
     stop = StopFlag()
     stop.install()
     name = config.run or f"pretrain-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -198,8 +212,9 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         plan = LoaderPlan(
             batch=config.global_batch,
             micro_batch=config.micro_batch,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=layout.dp_rank,
+            world_size=layout.dp_size,
+            counts=layout.counts,
             start_step=state.step,
             start_t=state.t,
             end_step=config.max_steps,
@@ -210,7 +225,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         validation = validation_loader(dataset, plan, config.val_rows, run.path, stack)
         # Model and trainer.
         precision = on_rank_zero(lambda: decide_precision(config.precision, device))
-        module = Pretrain(config, schema, precision)
+        module = Pretrain(config, schema, precision, layout)
         recorder = RunRecorder(
             run,
             state,
@@ -232,12 +247,12 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=ranks.local_world_size,
             num_nodes=ranks.world_size // ranks.local_world_size,
-            strategy=make_strategy(config.parallel.strategy),
+            strategy=make_strategy(config.parallel, layout, clip_norm=config.optim.clip_norm),
             plugins=[LeydenEnvironment(ranks)],
-            callbacks=[recorder, checkpoints],
+            callbacks=[recorder, checkpoints, StepTimeout(config.parallel.step_timeout_s)],
             max_steps=config.max_steps,
             accumulate_grad_batches=num_micro_batches(
-                config.global_batch, ranks.world_size, config.micro_batch
+                config.global_batch, layout.dp_size, config.micro_batch
             ),
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
@@ -251,7 +266,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         take_over(trainer, state.step, config.val_every_steps)
         if ranks.is_first:
             at = f", from step {state.step} ({start.checkpoint.name})" if start.checkpoint else ""
-            where = f"{config.parallel.strategy} on {ranks.world_size} ranks, {device.type}"
+            where = f"{config.parallel} on {ranks.world_size} ranks, {device.type}"
             print(f"run {run.path}{at}: {where}, {precision}", file=sys.stderr)
         started = time.monotonic()
         try:

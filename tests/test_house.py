@@ -30,6 +30,7 @@ FLOORS: dict[int, set[str]] = {
     },
     2: {
         *{"activation", "attention", "batch", "cache", "checkpoint", "checkpoint_files", "drain"},
+        *{"deepspeed_zero", "hf_weights", "tensor_parallel"},
         *{"export_hf", "guard", "initialise", "loader", "loss", "mesh", "meter", "optim"},
         *{"precision", "randomness", "sharding", "start"},
     },
