@@ -32,6 +32,7 @@ from dist.checkpoint_folder import (
     write_commit,
 )
 from dist.checkpoint_url import files_to_write, reader_of
+from dist.deepspeed_zero import empty_state, gather_state, is_zero, scatter_state
 from dist.errors import ConfigError, LeydenError, SetupError, describe
 from dist.mesh import host_group
 from dist.url_path import Place
@@ -221,13 +222,17 @@ def load_checkpoint(folder: Place, model: nn.Module, optimizer: torch.optim.Opti
     The caller has checked the files (find_checkpoint does): `.metadata` is a pickle.
     """
     _, world_size = _rank_and_world()
-    _make_optimizer_state(optimizer)
+    if is_zero(optimizer):
+        state = empty_state(model)
+    else:
+        _make_optimizer_state(optimizer)
+        # Tensors are filled in place: these are the model's and the optimizer's own.
+        state = _state(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Tensors are filled in place: these are the model's and the optimizer's own.
-        dcp.load(
-            _state(model, optimizer), storage_reader=reader_of(folder), no_dist=world_size == 1
-        )
+        dcp.load(state, storage_reader=reader_of(folder), no_dist=world_size == 1)
+    if is_zero(optimizer):
+        scatter_state(model, optimizer, state)
 
 
 def check_same_run(
@@ -270,6 +275,8 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    if is_zero(optimizer):
+        return gather_state(model, optimizer)
     return {"model": _model_tensors(model), "optimizer": _optimizer_tensors(model, optimizer)}
 
 

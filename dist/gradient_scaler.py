@@ -42,13 +42,14 @@ class GradientScaler(nn.Module):
         if local:
             torch._foreach_mul_(local, self.scale.reciprocal())
 
-    def skip(self, optimizer: Any, norm: Tensor) -> None:
+    def skip(self, optimizer: Any, norm: Tensor, bad: Tensor | None = None) -> None:
         """Tell a fused optimizer whether to leave this update out; then adapt the scale.
 
-        norm: global norm of the unscaled gradients, equal on all ranks.
+        norm: global norm of the unscaled gradients, equal on all ranks; bad: 1 where the guard
+        leaves the update out for a reason of its own.
         """
         found_inf = (~torch.isfinite(norm)).to(torch.float32)
-        optimizer.found_inf = found_inf
+        optimizer.found_inf = found_inf if bad is None else torch.maximum(found_inf, bad)
         torch._amp_update_scale_(
             self.scale, self.growth_tracker, found_inf, GROWTH, BACKOFF, GROWTH_INTERVAL
         )

@@ -67,6 +67,15 @@ class GuardConfig:
             raise ConfigError(f"guard.max_rollbacks is {self.max_rollbacks}; it must be 0 or more")
 
 
+def check_guard(config: GuardConfig, strategy: str) -> None:
+    """ConfigError where a policy cannot work with a strategy."""
+    if config.policy == "skip" and strategy == "deepspeed":
+        raise ConfigError(
+            "guard.policy skip under parallel.strategy deepspeed: its engine applies the update "
+            "itself and cannot be told to leave one out; use raise or rollback, or fsdp"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class BadStep:
     """A step whose update was suppressed; the same on all ranks but for `losses`."""
@@ -100,12 +109,15 @@ class Guard:
     """Judges every step on the device. All ranks make the same calls."""
 
     def __init__(
-        self, config: GuardConfig, device: torch.device, *, world_size: int, lag: int | None = None
-    ) -> None:
-        """lag: steps after which the host looks at a verdict (None: 1 beside a GPU, else 0)."""
+        self, config: GuardConfig, device: torch.device, *, world_size: int, counts: bool = True,
+        lag: int | None = None,
+    ) -> None:  # fmt: skip
+        """counts: whether this rank's losses enter the sum (one rank of each tensor-parallel
+        group); lag: steps after which the host looks at a verdict (None: 1 beside a GPU, else 0).
+        """
         self.config = config
         self.enabled = config.policy != "off"
-        self._device, self._world_size = device, world_size
+        self._device, self._world_size, self._counts = device, world_size, counts
         self._lag = lag if lag is not None else int(device.type == "cuda")
         # recent: (2, HISTORY_STEPS) loss and norm of accepted steps, a ring; NaN where empty.
         self._recent = torch.full((2, HISTORY_STEPS), math.nan, device=device)
@@ -119,22 +131,25 @@ class Guard:
     def saw(self, batch: Batch, loss_sum: Tensor) -> None:
         """A micro-batch and its loss sum on this rank, nats; a scalar on the device."""
         self._step, self._step_targets = batch.step, batch.step_targets
+        if batch.micro == 0:
+            self._losses = []  # of a step that was left, or of a trial
         if self.enabled:
             self._losses.append(loss_sum.detach())
 
     @torch.no_grad()
-    def check(self, optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
+    def check(self, optimizer: torch.optim.Optimizer | None, grad_norm: Tensor) -> Tensor | None:
         """Judge a step between its last backward and optimizer.step(); suppress a bad one.
 
-        grad_norm: the global norm, a scalar, equal on all ranks.
+        grad_norm: the global norm, a scalar, equal on all ranks. Without an optimizer the step is
+        judged only. Returns 1 for a bad step and 0 for a good one, on the device; None if off.
         """
         if not self.enabled:
-            return
+            return None
         losses = torch.stack(self._losses).float()
         self._losses = []
         # values: (2,) mean loss and norm. The norm is equal on all ranks; its mean is taken so
         # that the verdict is one number, even where one rank computes another norm.
-        loss = losses.sum() / max(self._step_targets, 1)
+        loss = losses.sum() * self._counts / max(self._step_targets, 1)
         norm = grad_norm.detach().to(losses) / self._world_size
         values = torch.stack((loss, norm))
         if self._world_size > 1:
@@ -147,10 +162,11 @@ class Guard:
         self._pending.append(
             _Report(self._step, report, losses, on_gpu=self._device.type == "cuda")
         )
-        if obeys_found_inf(optimizer):
+        if optimizer is not None and obeys_found_inf(optimizer):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        elif bad.item():
+        elif optimizer is not None and bad.item():
             drop_gradients(optimizer)
+        return bad.float()
 
     def poll(self, *, wait: bool = False) -> list[BadStep]:
         """Bad steps that the host may know of by now, the same on all ranks; `wait`: all."""

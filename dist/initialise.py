@@ -7,14 +7,17 @@ its slice: no broadcast, no dependence on world size, order of modules or other 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from dist.errors import SetupError
+
+Fill = Callable[[str, Tensor], None]
 
 
 def seed_of(*parts: int | str) -> int:
@@ -36,11 +39,14 @@ def without_values(memory: AbstractContextManager[object]) -> Iterator[None]:
         _PRETENDED.pop()
 
 
-def materialise(module: nn.Module, device: torch.device, seed: int, std: float) -> None:
+def materialise(
+    module: nn.Module, device: torch.device, seed: int, std: float, fill: Fill | None = None
+) -> None:
     """Give a meta-device module (sharded or not) memory on `device` and its first values.
 
     Linear and embedding weights: normal(0, std); their biases 0; norm weights 1. Buffers are
-    recomputed by their module's own constructor. Memory is poisoned with NaN first, so that a
+    recomputed by their module's own constructor. `fill`, if given, puts a value into each named
+    parameter instead (weights from a file). Memory is poisoned with NaN first, so that a
     tensor that no rule reached is an error here and not a silent wrong start.
     """
     tied = _tied_names(module)
@@ -54,7 +60,10 @@ def materialise(module: nn.Module, device: torch.device, seed: int, std: float) 
             if tensor.is_floating_point():
                 _local(tensor).fill_(float("nan"))
         for name, parameter in module.named_parameters():
-            _fill(parameter, full_value(module, name, tuple(parameter.shape), seed, std))
+            if fill is not None:
+                fill(name, parameter)
+            else:
+                _fill(parameter, full_value(module, name, tuple(parameter.shape), seed, std))
         for child in module.modules():
             _recompute_buffers(child)
     check_initialised(module)
@@ -94,17 +103,34 @@ def local_slice(full: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a full tensor, laid out as the DTensor `like` (else all of it)."""
     if not isinstance(like, DTensor):
         return full
+    for dim, start, length in local_span(like):
+        full = full.narrow(dim, start, length)
+    return full
+
+
+def local_span(like: DTensor) -> list[tuple[int, int, int]]:
+    """(dimension, start, length) of this rank's part of a DTensor, for each dimension that is cut.
+
+    A dimension that both FSDP and tensor parallelism cut is cut by the latter first, though its
+    mesh axis comes last: that is what _StridedShard says.
+    """
     coordinate = like.device_mesh.get_coordinate()
     assert coordinate is not None  # this rank holds parameters of a mesh that it is in
-    for axis, placement in enumerate(like.placements):
-        if type(placement) is Shard:
-            # DTensor cuts like torch.chunk: the last ranks may get less, or nothing.
-            pieces = full.chunk(like.device_mesh.size(axis), placement.dim)
-            mine = coordinate[axis]
-            full = pieces[mine] if mine < len(pieces) else full.narrow(placement.dim, 0, 0)
-        elif type(placement) is not Replicate:
+    axes = sorted(
+        enumerate(like.placements), key=lambda item: (isinstance(item[1], _StridedShard), item[0])
+    )
+    spans: dict[int, tuple[int, int]] = {}
+    for axis, placement in axes:
+        if isinstance(placement, Replicate):
+            continue
+        if not isinstance(placement, (Shard, _StridedShard)):
             raise SetupError(f"no rule slices a tensor placed as {placement}")
-    return full
+        start, length = spans.get(placement.dim, (0, like.shape[placement.dim]))
+        # DTensor cuts like torch.chunk: the last ranks may get less, or nothing.
+        piece = -(-length // like.device_mesh.size(axis))
+        skip = min(piece * coordinate[axis], length)
+        spans[placement.dim] = (start + skip, min(piece, length - skip))
+    return [(dim, start, length) for dim, (start, length) in sorted(spans.items())]
 
 
 def _fill(parameter: Tensor, full: Tensor) -> None:

@@ -52,7 +52,7 @@ class RowOrder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderPlan:
-    """What a loader delivers; the same on all ranks but for `rank`."""
+    """What a loader delivers; the same on all ranks but for `rank` and `counts`."""
 
     batch: int
     """Global batch in rows."""
@@ -62,6 +62,8 @@ class LoaderPlan:
     """Data-parallel coordinate."""
     world_size: int = 1
     """Data-parallel size."""
+    counts: bool = True
+    """Whether this rank's targets count: of ranks that share rows (tensor parallelism) one does."""
     start_step: int = 0
     """First step to deliver."""
     start_t: int = 0
@@ -202,7 +204,8 @@ class TokenLoader:
                     return
                 stop = self._stop_requested()
                 if self._agree is not None:
-                    targets, stop = self._agree.step(targets, stop, failure)
+                    counted = targets if self.plan.counts else 0
+                    targets, stop = self._agree.step(counted, stop, failure)
                 if failure is not None:
                     raise failure
                 for batch in batches:

@@ -128,6 +128,8 @@ def check(request: Request) -> None:
     """ConfigError for what cannot be planned."""
     if not 1 <= request.num_ranks <= MAX_RANKS:
         raise ConfigError(f"--ranks {request.num_ranks}: it must be 1 to {MAX_RANKS}")
+    if request.config.micro_batch == "auto":
+        raise ConfigError("micro_batch auto is found by trial steps: give a number to plan with")
     strategy = request.config.parallel.strategy
     if strategy not in PLANNED_STRATEGIES or getattr(request.config.parallel, "tp", 1) > 1:
         raise ConfigError(

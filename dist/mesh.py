@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ from dist.ranks import Ranks
 
 T = TypeVar("T")
 START_TIMEOUT_S = 1800.0
+_HOST_GROUPS: weakref.WeakSet[torch.distributed.ProcessGroup] = weakref.WeakSet()
 
 
 class PeerFailed(LeydenError):
@@ -77,10 +80,67 @@ def stop_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The world as replicas x shards x tp ranks; those of a tensor-parallel group are neighbours.
+
+    Ranks of one tensor-parallel group compute the same rows, so `dp_rank` of `dp_size` is the
+    coordinate of everything that goes by rows: data, seeds, the scale of the loss, sums.
+    """
+
+    rank: int = 0
+    replicas: int = 1
+    """Groups that hold all parameters and average gradients."""
+    shards: int = 1
+    """Ranks of a replica that hold other parts of each parameter and read other rows."""
+    tp: int = 1
+    """Ranks that hold other parts of each layer and read the same rows."""
+
+    @property
+    def dp_size(self) -> int:
+        return self.replicas * self.shards
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.tp
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank stands for its rows in a sum over all ranks: one of a group does."""
+        return self.rank % self.tp == 0
+
+
 def data_mesh(device: torch.device) -> DeviceMesh:
     """All ranks on one axis, `dp`: each holds other rows."""
-    world_size = torch.distributed.get_world_size()
-    return init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp",))
+    return make_mesh(device, Layout(shards=torch.distributed.get_world_size()))
+
+
+def make_mesh(device: torch.device, layout: Layout) -> DeviceMesh:
+    """The mesh of a layout: ("dp",), ("dp_replicate", "dp_shard"), or either with "tp" last."""
+    if layout.replicas > 1 and layout.shards > 1:
+        sizes, names = [layout.replicas, layout.shards], ["dp_replicate", "dp_shard"]
+    else:
+        sizes, names = [layout.dp_size], ["dp"]
+    if layout.tp > 1:
+        sizes, names = [*sizes, layout.tp], [*names, "tp"]
+    return init_device_mesh(device.type, tuple(sizes), mesh_dim_names=tuple(names))
+
+
+def data_axes(mesh: DeviceMesh) -> DeviceMesh:
+    """The part of a mesh over which rows differ: all its axes but `tp`."""
+    names = mesh.mesh_dim_names
+    assert names is not None
+    kept = tuple(name for name in names if name != "tp")
+    return mesh[kept] if len(kept) < len(names) else mesh
+
+
+def shorten_timeouts(timeout_s: float) -> None:
+    """From the second step on a collective that waits this long fails: all the groups of
+    computing, not those of other threads (host_group), which wait for whole steps."""
+    c10d = torch.distributed.distributed_c10d
+    for group in list(c10d._world.pg_map):
+        if group not in _HOST_GROUPS:
+            c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def host_group(timeout_s: float = START_TIMEOUT_S) -> torch.distributed.ProcessGroup | None:
@@ -91,7 +151,9 @@ def host_group(timeout_s: float = START_TIMEOUT_S) -> torch.distributed.ProcessG
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return None
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    _HOST_GROUPS.add(group)
+    return group
 
 
 def on_rank_zero(fn: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ shorter reaches of packed documents.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -91,10 +92,12 @@ def token_flops(
 ) -> TokenFlops:  # fmt: skip
     """FLOPs a token of a decoder. Parameters without a matmul do not count: norms, and the input
     embedding unless it is the output matrix too. width = heads x head size."""
+    # ZeRO-3 leaves empty tensors and keeps the shape beside them.
+    shapes = [(name, getattr(p, "ds_shape", p.shape)) for name, p in named_parameters]
     matmul = sum(
-        parameter.numel()
-        for name, parameter in named_parameters
-        if parameter.ndim >= 2 and (tied or not name.endswith(embedding))
+        math.prod(shape)
+        for name, shape in shapes
+        if len(shape) >= 2 and (tied or not name.endswith(embedding))
     )
     attention = 12.0 * num_layers * width * seq_len
     return TokenFlops(full=6.0 * matmul + attention, causal=6.0 * matmul + attention / 2)

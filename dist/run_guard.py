@@ -117,7 +117,7 @@ class RunGuard(Callback):
 
     def _end(self, trainer: Trainer, bad: BadStep, bundle: str, why: str) -> None:
         text = (
-            f"the guard ended the run, as {why}: {bad.text}. The update was not applied. "
+            f"the guard ended the run, as {why}: {bad.text}. No checkpoint holds its update. "
             f"{bundle}; go on with --guard.policy skip or rollback, or mend the cause"
         )
         if trainer.is_global_zero:
@@ -168,12 +168,13 @@ class RunGuard(Callback):
     def _bundle(self, trainer: Trainer, pl_module: Any, bad: BadStep) -> str:
         """Write the repro bundle (all ranks call it); returns what to say of it."""
         rank, world_size = trainer.global_rank, trainer.world_size
+        coordinate = self._loader.plan.rank
         mine = {
             "rank": rank,
             "host": socket.gethostname(),
             "losses": [_plain(loss) for loss in bad.losses],
             "seeds": [
-                derive_seed(self._config.seed, bad.step, micro, rank)
+                derive_seed(self._config.seed, bad.step, micro, coordinate)
                 for micro in range(len(bad.losses))
             ],
             "weights_xxh3_128": weights_digest(pl_module.net),

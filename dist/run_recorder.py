@@ -19,6 +19,7 @@ from dist.loader import TokenLoader
 from dist.order import OrderState
 from dist.progress import Progress
 from dist.run_dir import RunDir
+from dist.sharding import num_parameters
 from dist.url_path import Place
 
 
@@ -68,7 +69,7 @@ class RunRecorder(Callback):
             "validation_loss": loss,
             "validation_targets": targets,
             "tokens_per_s": self.tokens_per_s,
-            "params": sum(parameter.numel() for parameter in pl_module.net.parameters()),
+            "params": num_parameters(pl_module.net),
         }
 
     def go_on_from(self, folder: Place, record: dict[str, Any]) -> None:
@@ -112,7 +113,9 @@ class RunRecorder(Callback):
             "step0": self.order.step,
             "t0": self.order.t,
             "batch": self.order.batch,
-            "world_size": trainer.world_size,
+            # Data-parallel ranks decide the rows; `ranks` are all.
+            "world_size": self.loader.plan.world_size,
+            "ranks": trainer.world_size,
             "micro_batch": self.loader.plan.micro_batch,
             "accumulation": trainer.accumulate_grad_batches,
             "seed": self.order.seed,
@@ -165,7 +168,8 @@ class RunRecorder(Callback):
         """Means over the steps since the last log; the one place that waits for the device."""
         window = self._window
         assert window.loss is not None
-        loss = window.loss.detach().clone()
+        # Ranks of a tensor-parallel group have the same rows: one of them counts.
+        loss = window.loss.detach() * self.loader.plan.counts
         if trainer.world_size > 1:
             torch.distributed.all_reduce(loss)
         self.train_loss = loss.item() / window.steps

@@ -1,6 +1,14 @@
-"""ddp and fsdp as plain functions on a module and a mesh; the Lightning adapters only call them.
+"""Strategies by name, as plain functions on a module and a mesh; Lightning adapters call them.
 
-Order of wrapping: activation checkpointing, then sharding, then memory and first values.
+    ddp        every rank holds all; gradients are averaged
+    fsdp       parameters, gradients and optimizer state are sharded over all ranks (FSDP2)
+    hsdp       fsdp within a replica, gradients averaged over replicas: shards stay in a node
+    tp         each layer is split over tp ranks; the rest are replicas of that
+    fsdp, tp   both, on a two-dimensional mesh
+    deepspeed  ZeRO-1, 2, 3: dist/deepspeed_zero.py
+
+Order of wrapping: tensor parallelism (the model's own plan), activation checkpointing, sharding,
+then memory and first values.
 """
 
 from __future__ import annotations
@@ -9,18 +17,22 @@ import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dist.errors import ConfigError
+from dist.mesh import Layout
 from dist.precision import Precision
+from dist.ranks import Ranks
 
-StrategyName = Literal["ddp", "fsdp"]
+StrategyName = Literal["ddp", "fsdp", "hsdp", "tp", "deepspeed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +40,95 @@ class ParallelConfig:
     """How the ranks share the work."""
 
     strategy: StrategyName = "fsdp"
-    """ddp: each rank holds all; fsdp: parameters, gradients and optimizer state are sharded."""
+    """ddp: each rank holds all; fsdp: parameters, gradients and optimizer state are sharded; hsdp:
+    sharded within replicas; tp: each layer is split; deepspeed: ZeRO."""
+    tp: int = 0
+    """Ranks that split each layer (neighbours, so within a node), with strategy tp or fsdp; 0: all
+    ranks under tp, one under the others."""
+    replicas: int = 0
+    """hsdp: copies of the model; 0: one a node, or 2 on a single node."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """deepspeed: what is sharded. 1: optimizer state; 2: gradients too; 3: parameters too."""
+    offload_optimizer: bool = False
+    """deepspeed: optimizer state in the host's memory."""
+    start_timeout_s: float = 1800.0
+    """How long ranks wait for each other until the first step has ended."""
+    step_timeout_s: float = 600.0
+    """How long from then on: a rank that hangs ends the run after this."""
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(StrategyName):
+            raise ConfigError(
+                f"parallel.strategy is {self.strategy!r}; it must be one of "
+                f"{', '.join(get_args(StrategyName))}"
+            )
+        if self.tp < 0 or self.replicas < 0:
+            raise ConfigError(
+                f"parallel: tp is {self.tp} and replicas {self.replicas}; neither may be negative"
+            )
+        if self.zero_stage not in (1, 2, 3):
+            raise ConfigError(f"parallel.zero_stage is {self.zero_stage}; it must be 1, 2 or 3")
+        if self.start_timeout_s <= 0 or self.step_timeout_s <= 0:
+            raise ConfigError("parallel: start_timeout_s and step_timeout_s must be above 0")
+        if self.tp > 1 and self.strategy not in ("tp", "fsdp"):
+            raise ConfigError(
+                f"parallel.tp is {self.tp} with strategy {self.strategy}; layers are split under "
+                "strategy tp, or fsdp for both"
+            )
+        if self.replicas and self.strategy != "hsdp":
+            raise ConfigError(
+                f"parallel.replicas is {self.replicas} with strategy {self.strategy}; only hsdp "
+                "takes it"
+            )
+        if self.offload_optimizer and self.strategy != "deepspeed":
+            raise ConfigError(
+                f"parallel.offload_optimizer with strategy {self.strategy}; only deepspeed has it"
+            )
+
+    @property
+    def policy_owns_dtypes(self) -> bool:
+        """Whether bf16 comes from FSDP2's policy and not from autocast."""
+        return self.strategy in ("fsdp", "hsdp")
+
+    def __str__(self) -> str:
+        if self.strategy == "deepspeed":
+            return f"deepspeed ZeRO-{self.zero_stage}"
+        return f"fsdp x tp {self.tp}" if self.strategy == "fsdp" and self.tp > 1 else self.strategy
+
+
+def arrange(config: ParallelConfig, ranks: Ranks) -> Layout:
+    """Where this rank stands; ConfigError where the sizes do not fill the world."""
+    world_size, tp, replicas = ranks.world_size, config.tp, config.replicas
+    if config.strategy == "hsdp":
+        num_nodes = world_size // ranks.local_world_size
+        replicas = replicas or max(2, num_nodes)
+        if world_size % replicas:
+            raise ConfigError(
+                f"parallel: hsdp of {replicas} replicas does not fill {world_size} ranks; set "
+                "parallel.replicas to a divisor of the ranks, or use fsdp"
+            )
+        return Layout(rank=ranks.rank, replicas=replicas, shards=world_size // replicas)
+    tp = tp or (world_size if config.strategy == "tp" else 1)
+    if world_size % tp:
+        raise ConfigError(
+            f"parallel: tp {tp} does not divide {world_size} ranks; set parallel.tp to a divisor"
+        )
+    if tp > 1 and ranks.local_world_size % tp:
+        raise ConfigError(
+            f"parallel: tp {tp} does not divide the {ranks.local_world_size} ranks of a node: a "
+            "layer would be split across the network; set parallel.tp to a divisor of them"
+        )
+    replicate = config.strategy in ("ddp", "tp")
+    name = "replicas" if replicate else "shards"
+    return Layout(rank=ranks.rank, tp=tp, **{name: world_size // tp})
 
 
 def shard_fsdp(
     root: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, precision: Precision
 ) -> None:
     """FSDP2 on each block and on the root (in place); parameters become DTensors on `mesh`.
+
+    On a mesh of two axes the first holds replicas.
 
     Parameters keep their dtype, compute has the decided one, gradients are reduced in fp32
     always.
@@ -82,6 +176,35 @@ def without_gradient_sync(root: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor], group: torch.distributed.ProcessGroup) -> None:
+    """Mean of the gradients over the ranks of `group`, in fp32, by buckets of 64 MiB.
+
+    For replicas of a tensor-parallel group. Local parts of DTensors are averaged as they are, so
+    the group must hold the same parts. Parameters without gradient must be the same on all ranks.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    bucket: list[Tensor] = []
+    for index, grad in enumerate(local):
+        bucket.append(grad)
+        if sum(one.numel() for one in bucket) < 1 << 24 and index < len(local) - 1:
+            continue
+        flat = torch.cat([one.flatten().float() for one in bucket])
+        torch.distributed.all_reduce(flat, group=group)
+        flat /= group.size()
+        pieces = flat.split([one.numel() for one in bucket])
+        for one, piece in zip(bucket, pieces, strict=True):
+            one.copy_(piece.view_as(one))
+        bucket = []
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Parameters of the whole model, tied ones once, however they are sharded."""
+    # ZeRO-3 leaves empty tensors and keeps the number beside them.
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())
+
+
+@torch.no_grad()
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale gradients to a global norm of at most `max_norm` (0: leave them); returns the norm.
 
@@ -97,10 +220,19 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     norms = []
     for group in groups.values():
         norm = torch.nn.utils.get_total_norm(group)
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norms.append(_whole_norm(norm) if isinstance(norm, DTensor) else norm)
     total = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm > 0:
         factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
         torch._foreach_mul_(local, factor)
     return total
+
+
+def _whole_norm(norm: DTensor) -> Tensor:
+    """The norm of all ranks' parts; its own full_tensor() warns on meshes of two axes."""
+    square = norm.to_local() ** 2
+    for axis, placement in enumerate(norm.placements):
+        if placement.is_partial():
+            torch.distributed.all_reduce(square, group=norm.device_mesh.get_group(axis))
+    return square.sqrt()

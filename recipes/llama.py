@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from dist.attention import PACKED_ATTENTION, packed_info, register_packed_attention
 from dist.compile import Compile, compile_blocks, compile_decoder
 from dist.errors import ConfigError
+from dist.hf_weights import HfWeights, check_config
+from dist.initialise import Fill
 from dist.loss import summed_loss
+from dist.mesh import on_rank_zero
 from dist.precision import Precision
+from dist.tensor_parallel import check_divides, split_block, split_vocabulary, vocab_parallel_loss
+
+# What a Llama computes by, and no shape shows.
+_SAME_AS_INIT_FROM = (
+    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
+    "rms_norm_eps", "rope_parameters", "attention_bias", "mlp_bias",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +55,8 @@ class ModelConfig:
     """Epsilon of the RMS norms."""
     init_std: float = 0.02
     """Standard deviation of the first weights."""
+    init_from: str = ""
+    """Local Hugging Face folder (config.json, safetensors) of the first weights; empty: random."""
     attention_dropout: float = 0.0
     """Share of attention weights dropped in training."""
     residual_dropout: float = 0.0
@@ -118,7 +133,8 @@ class PackedLlama(nn.Module):
                 use_cache=False,
                 packed=packed,
             ).last_hidden_state
-            return summed_loss(
+            split = isinstance(self.model.lm_head.weight, DTensor)  # by split_layers
+            return (vocab_parallel_loss if split else summed_loss)(
                 hidden.flatten(0, 1),
                 self.model.lm_head.weight,
                 tokens[:, 1:].flatten(),
@@ -132,8 +148,10 @@ def _drop_residual(block: nn.Module, share: float) -> None:
     if share == 0.0:
         return
     block.residual_dropout = nn.Dropout(share)
-    for part in (block.self_attn.o_proj, block.mlp.down_proj):
+    block.residual_hooks = [
         part.register_forward_hook(lambda _, __, output: block.residual_dropout(output))
+        for part in (block.self_attn.o_proj, block.mlp.down_proj)
+    ]
 
 
 def build(config: ModelConfig, schema: dict[str, Any]) -> PackedLlama:
@@ -145,6 +163,71 @@ def build(config: ModelConfig, schema: dict[str, Any]) -> PackedLlama:
 def blocks(model: PackedLlama) -> Iterable[nn.Module]:
     """The decoder blocks: the units of checkpointing, compiling and sharding."""
     return model.model.model.layers
+
+
+def split_layers(model: PackedLlama, mesh: DeviceMesh) -> None:
+    """Tensor parallelism over `mesh` (in place): heads, the MLP's width and the vocabulary are
+    split, norms are not. Call it on the meta device, before anything else wraps a module.
+
+    Attention dropout is refused: all ranks of a group draw the same numbers, which residual
+    dropout needs, so head i of each rank would drop the same weights.
+    """
+    config = model.model.config
+    check_divides(
+        mesh.size(),
+        {
+            "model.num_heads": config.num_attention_heads,
+            "model.num_kv_heads": config.num_key_value_heads,
+            "model.intermediate_size": config.intermediate_size,
+            "the dataset's vocabulary": config.vocab_size,
+        },
+    )
+    if config.attention_dropout > 0.0:
+        raise ConfigError(
+            f"model.attention_dropout is {config.attention_dropout} under tensor parallelism: "
+            "heads of different ranks would drop the same weights; set it to 0 "
+            "(model.residual_dropout works), or use fsdp without parallel.tp"
+        )
+    for block in blocks(model):
+        for hook in getattr(block, "residual_hooks", []):
+            hook.remove()
+        split_block(
+            block,
+            mesh,
+            column=(
+                *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                *("mlp.gate_proj", "mlp.up_proj"),
+            ),
+            row=("self_attn.o_proj", "mlp.down_proj"),
+            inputs={"self_attn": "hidden_states", "mlp": None},
+        )
+        # Dropout goes on what the ranks have summed, so its hooks come after the plan's.
+        if hasattr(block, "residual_dropout"):
+            _drop_residual(block, block.residual_dropout.p)
+    split_vocabulary(model.model.model.embed_tokens, model.model.lm_head, mesh)
+
+
+def first_weights(model: PackedLlama, config: ModelConfig) -> Fill | None:
+    """What fills the parameters from `init_from`, checked; None for random weights."""
+    if not config.init_from:
+        return None
+    from transformers import LlamaConfig
+
+    folder = Path(config.init_from)
+
+    def check() -> None:
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"model.init_from: {folder} has no config.json; give a local folder as "
+                "save_pretrained or `leyden export` writes it"
+            )
+        theirs = LlamaConfig.from_pretrained(folder)
+        check_config(folder, theirs, model.model.config, _SAME_AS_INIT_FROM)
+        HfWeights(folder).check(model.model)
+
+    on_rank_zero(check)
+    weights = HfWeights(folder)
+    return lambda name, parameter: weights.fill(name.removeprefix("model."), parameter)
 
 
 def set_precision(model: PackedLlama, precision: Precision, *, by_policy: bool) -> None:

@@ -29,18 +29,21 @@ from dist.checkpoint_callback import Checkpoints
 from dist.compile import Compile, CompileName, check_compile, decide_compile
 from dist.config import parse_config
 from dist.dataset import open_dataset
+from dist.deepspeed_zero import gather_with
 from dist.drain import StopFlag, die_with_launcher, end_if_peer_lost, stop_requests
 from dist.errors import ConfigError, run_main
 from dist.gradient_scaler import GradientScaler
-from dist.guard import Guard, GuardConfig
+from dist.guard import Guard, GuardConfig, check_guard
 from dist.initialise import materialise
 from dist.lightning_plugins import StopRun, quiet_lightning, take_over
 from dist.loader import LoaderPlan, training_loader, validation_loader
 from dist.loggers import LogConfig
 from dist.loss import loss_scale
 from dist.mesh import (
+    Layout,
     PeerFailed,
     choose_device,
+    data_axes,
     on_rank_zero,
     share_cores,
     start_process_group,
@@ -66,9 +69,9 @@ from dist.ranks import Ranks
 from dist.run_dir import RunDir
 from dist.run_guard import RunGuard, run_attempts
 from dist.run_recorder import RunRecorder
-from dist.sharding import ParallelConfig, clip_grad_norm, shard_fsdp
+from dist.sharding import ParallelConfig, arrange, clip_grad_norm, shard_fsdp
 from dist.start import DataConfig, failure_recorded, start_run, summary_line
-from dist.strategies import LeydenEnvironment, make_strategy
+from dist.strategies import LeydenEnvironment, StepTimeout, make_strategy
 from dist.watchdog import WatchdogConfig
 from recipes import llama
 
@@ -155,20 +158,26 @@ class Config:
         check_precision(self.precision, strategy, self.optim.stochastic_rounding)
         check_compile(self.compile or "off", strategy)
         check_micro_batch(self.micro_batch, strategy)
+        check_guard(self.guard, strategy)
 
 
 class Pretrain(LightningModule):
     """The model as Lightning sees it; what is sharded and saved is `net`."""
 
     def __init__(
-        self, config: Config, schema: dict[str, Any], precision: Precision, compiled: Compile
+        self,
+        config: Config,
+        schema: dict[str, Any],
+        precision: Precision,
+        compiled: Compile,
+        layout: Layout,
+        guard: Guard,
     ) -> None:
         super().__init__()
         self.config, self.schema, self.precision = config, schema, precision
-        self.compiled = compiled
+        self.compiled, self.layout, self.guard = compiled, layout, guard
         self.scaler: GradientScaler | None = None
         self.grad_norm: Any = 0.0
-        self.guard: Any = None
         self.validation: tuple[float | None, int] = (None, 0)
         self.net: Any = None
         """The root module that is sharded and saved; made in configure_model."""
@@ -177,38 +186,48 @@ class Pretrain(LightningModule):
         if self.net is not None:
             return
         net = llama.build(self.config.model, self.schema)
+        if self.layout.tp > 1:
+            llama.split_layers(net, self.device_mesh["tp"])
         cast_parameters(net, self.precision.param_dtype)
         checkpoint_blocks(llama.blocks(net), self.config.activation_checkpointing)
         llama.compile_model(net, self.compiled)
-        sharded = self.config.parallel.strategy == "fsdp"
+        sharded = self.config.parallel.strategy in ("fsdp", "hsdp")
         if sharded:
-            shard_fsdp(net, llama.blocks(net), self.device_mesh, self.precision)
+            shard_fsdp(net, llama.blocks(net), data_axes(self.device_mesh), self.precision)
         llama.set_precision(net, self.precision, by_policy=sharded)
         device = self.trainer.strategy.root_device
-        materialise(net, device, self.config.seed, self.config.model.init_std)
+        fill = llama.first_weights(net, self.config.model)
+        materialise(net, device, self.config.seed, self.config.model.init_std, fill)
         if self.precision.needs_scaler:
             net.gradient_scaler = self.scaler = GradientScaler(device)  # saved with the model
+        if self.config.parallel.strategy == "deepspeed":
+            gather_with(net, net.model.lm_head.weight)
         self.net = net
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
-        # The rank is the data-parallel coordinate: every rank holds other rows.
-        seed_micro_batch(self.config.seed, batch.step, batch.micro, self.global_rank, self.device)
+        coordinate = self.layout.dp_rank
+        seed_micro_batch(self.config.seed, batch.step, batch.micro, coordinate, self.device)
         loss_sum = self.net(batch)
         self.guard.saw(batch, loss_sum)
         # Lightning divides by this, also in a last short step of fewer micro-batches.
         num_micro = self.trainer.accumulate_grad_batches
-        scale = loss_scale(batch.step_targets, self.trainer.world_size, num_micro)
+        scale = loss_scale(batch.step_targets, self.layout.dp_size, num_micro)
         loss = loss_sum * scale
         loss = loss * self.scaler.scale if self.scaler is not None else loss
         return {"loss": loss, "loss_sum": loss_sum.detach()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.config.parallel.strategy == "deepspeed":
+            self.guard.check(None, torch.zeros((), device=self.device))  # it clips in its engine
+            return
         if self.scaler is not None:
             self.scaler.unscale(self.net.parameters())
-        self.grad_norm = clip_grad_norm(self.net.parameters(), self.config.optim.clip_norm)
+        norm = self.grad_norm = clip_grad_norm(self.net.parameters(), self.config.optim.clip_norm)
+        # An overflow in fp16 is the scale's business.
+        judged = norm if self.scaler is None else norm.nan_to_num(0.0, posinf=0.0)
+        bad = self.guard.check(optimizer, judged)
         if self.scaler is not None:
-            self.scaler.skip(optimizer, self.grad_norm)
-        self.guard.check(optimizer, self.grad_norm)
+            self.scaler.skip(optimizer, norm, bad)
 
     def token_flops(self) -> TokenFlops:
         """FLOPs a token, for the meter."""
@@ -223,7 +242,8 @@ class Pretrain(LightningModule):
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._sums += torch.stack((self.net(batch).double(), batch.valid.sum().double()))
+        sums = torch.stack((self.net(batch).double(), batch.valid.sum().double()))
+        self._sums += sums * self.layout.counts
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.world_size > 1:
@@ -242,7 +262,8 @@ class Pretrain(LightningModule):
 
 def module_to_plan(config: Config, schema: dict[str, Any], precision: Precision) -> Pretrain:
     """What `leyden plan` takes through one step on pretended ranks."""
-    return Pretrain(config, schema, precision, Compile(name="off"))
+    guard = Guard(GuardConfig(policy="off"), torch.device("cpu"), world_size=1)
+    return Pretrain(config, schema, precision, Compile(name="off"), Layout(rank=0), guard)
 
 
 def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
@@ -250,7 +271,8 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
     quiet_lightning()
     device = choose_device(ranks)
     share_cores(ranks, device)
-    start_process_group(ranks, device)
+    layout = arrange(config.parallel, ranks)
+    start_process_group(ranks, device, config.parallel.start_timeout_s)
     stop = StopFlag()
     stop.install()
     name = config.run or f"pretrain-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -278,8 +300,9 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         plan = LoaderPlan(
             batch=config.global_batch,
             micro_batch=auto.rows or 1,  # 1 until the trial has found it
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=layout.dp_rank,
+            world_size=layout.dp_size,
+            counts=layout.counts,
             start_step=state.step,
             start_t=state.t,
             end_step=config.max_steps,
@@ -293,8 +316,8 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         # Model and trainer.
         precision = on_rank_zero(lambda: decide_precision(config.precision, device))
         compiled = decide_compile(config.compile or "off", device)
-        module = Pretrain(config, schema, precision, compiled)
-        module.guard = Guard(config.guard, device, world_size=ranks.world_size)
+        judge = Guard(config.guard, device, world_size=ranks.world_size, counts=layout.counts)
+        module = Pretrain(config, schema, precision, compiled, layout, judge)
         auto.loaders = [loader] if validation is None else [loader, validation]
         recorder = RunRecorder(
             run,
@@ -331,12 +354,20 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=ranks.local_world_size,
             num_nodes=ranks.world_size // ranks.local_world_size,
-            strategy=make_strategy(config.parallel.strategy),
+            strategy=make_strategy(config.parallel, layout, clip_norm=config.optim.clip_norm),
             plugins=[LeydenEnvironment(ranks)],
-            callbacks=[auto, recorder, numerics, guard, checkpoints, *observing],
+            callbacks=[
+                auto,
+                recorder,
+                numerics,
+                guard,
+                checkpoints,
+                StepTimeout(config.parallel.step_timeout_s),
+                *observing,
+            ],
             max_steps=config.max_steps,
             accumulate_grad_batches=num_micro_batches(
-                config.global_batch, ranks.world_size, plan.micro_batch
+                config.global_batch, layout.dp_size, plan.micro_batch
             ),
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
@@ -350,7 +381,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         take_over(trainer, state.step, config.val_every_steps)
         if ranks.is_first:
             at = f", from step {state.step} ({start.checkpoint.name})" if start.checkpoint else ""
-            where = f"{config.parallel.strategy} on {ranks.world_size} ranks, {device.type}"
+            where = f"{config.parallel} on {ranks.world_size} ranks, {device.type}"
             print(f"run {run.path}{at}: {where}, {precision}", file=sys.stderr)
             print(f"attention: {attention}; compile: {compiled}", file=sys.stderr)
         started = time.monotonic()

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from dist.errors import SetupError
 from dist.initialise import materialise, seed_of
-from dist.mesh import data_mesh
+from dist.mesh import Layout, data_axes, data_mesh, make_mesh
 from dist.precision import Precision
 from dist.sharding import shard_fsdp
 from recipes import llama
@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 FP32 = Precision(name="fp32", reason="test")
 # A row count that 3 and 4 do not divide, so that ranks hold uneven shards.
 ODD = {**SCHEMA, "vocab_size": 101}
+EVEN = {**SCHEMA, "vocab_size": 102}  # 2 divides it, and 3 not what is left
 TENSORS = dict[str, torch.Tensor]
 
 
@@ -52,6 +53,32 @@ def test_equal_bit_for_bit_on_any_number_of_ranks(world_size: int) -> None:
     for tensors in run_ranks(make_sharded, world_size, 240, 5):
         assert tensors.keys() == alone.keys()
         assert all(torch.equal(tensors[name], alone[name]) for name in alone)
+
+
+def make_split(seed: int, shards: int, replicas: int, tp: int) -> TENSORS:
+    rank = torch.distributed.get_rank()
+    model = llama.build(CONFIG, EVEN)
+    mesh = make_mesh(CPU, Layout(rank=rank, shards=shards, replicas=replicas, tp=tp))
+    if tp > 1:
+        llama.split_layers(model, mesh["tp"])
+    if shards > 1:
+        shard_fsdp(model, llama.blocks(model), data_axes(mesh), FP32)
+    materialise(model, CPU, seed, 0.02)
+    assert all(isinstance(p, DTensor) or p.ndim == 1 for p in model.parameters())
+    return whole(model)
+
+
+@pytest.mark.parametrize(
+    ("shards", "replicas", "tp"), [(2, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2), (3, 1, 2)]
+)
+def test_equal_bit_for_bit_on_any_mesh(shards: int, replicas: int, tp: int) -> None:
+    """A dimension that both FSDP and tensor parallelism cut, cut in the wrong order: rows of
+    another rank, and a model that no longer equals one process's."""
+    alone = llama.build(CONFIG, EVEN)
+    materialise(alone, CPU, 5, 0.02)
+    for tensors in run_ranks(make_split, shards * replicas * tp, 240, 5, shards, replicas, tp):
+        for name, value in whole(alone).items():
+            assert torch.equal(tensors[name], value), name
 
 
 def test_values_are_what_the_config_says() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed
@@ -10,13 +12,22 @@ from torch.distributed.tensor import DTensor
 
 from dist.activation import checkpoint_blocks
 from dist.dataset import Dataset, open_dataset
+from dist.errors import ConfigError
 from dist.initialise import materialise
 from dist.loader import Agreement, LoaderPlan, TokenLoader
 from dist.loss import loss_scale
-from dist.mesh import data_mesh, host_group
+from dist.mesh import Layout, data_mesh, host_group, make_mesh
 from dist.order import Order
 from dist.precision import Precision
-from dist.sharding import clip_grad_norm, shard_fsdp, without_gradient_sync, wrap_ddp
+from dist.ranks import Ranks
+from dist.sharding import (
+    ParallelConfig,
+    arrange,
+    clip_grad_norm,
+    shard_fsdp,
+    without_gradient_sync,
+    wrap_ddp,
+)
 from recipes import llama
 from tests.make_dataset import write_dataset
 from tests.run_ranks import run_ranks
@@ -155,6 +166,95 @@ def test_bf16_policy_computes_in_bf16_and_keeps_fp32() -> None:
     """bf16 parameters or gradients in the optimizer lose small updates silently."""
     for computed, kept in run_ranks(mixed_precision_dtypes, 2, 240):
         assert computed == {"torch.bfloat16"} and kept == {"torch.float32"}
+
+
+def ranks_of(world_size: int, per_node: int, rank: int = 0) -> Ranks:
+    return Ranks(
+        rank=rank, world_size=world_size, local_rank=rank % per_node, local_world_size=per_node
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size", "per_node", "expected"),
+    [
+        ({"strategy": "ddp"}, 4, 2, (4, 1, 1)),
+        ({"strategy": "fsdp"}, 4, 2, (1, 4, 1)),
+        ({"strategy": "fsdp", "tp": 2}, 8, 4, (1, 4, 2)),
+        ({"strategy": "hsdp"}, 8, 2, (4, 2, 1)),  # a replica for each node
+        ({"strategy": "hsdp"}, 4, 4, (2, 2, 1)),
+        ({"strategy": "hsdp", "replicas": 3}, 6, 6, (3, 2, 1)),
+        ({"strategy": "tp"}, 4, 4, (1, 1, 4)),
+        ({"strategy": "tp", "tp": 2}, 6, 2, (3, 1, 2)),
+        ({"strategy": "deepspeed", "zero_stage": 3}, 4, 4, (1, 4, 1)),
+    ],
+)
+def test_arrangement_and_coordinates(
+    config: dict[str, Any], world_size: int, per_node: int, expected: tuple[int, int, int]
+) -> None:
+    """Ranks of one tensor-parallel group with different coordinates would read different rows;
+    two that both count would halve the gradient."""
+    layouts = [
+        arrange(ParallelConfig(**config), ranks_of(world_size, per_node, rank))
+        for rank in range(world_size)
+    ]
+    replicas, shards, tp = expected
+    assert {(one.replicas, one.shards, one.tp) for one in layouts} == {expected}
+    assert [one.dp_rank for one in layouts] == sorted(list(range(replicas * shards)) * tp)
+    assert {one.dp_size for one in layouts} == {replicas * shards}
+    # One rank of each group counts.
+    assert [one.dp_rank for one in layouts if one.counts] == list(range(replicas * shards))
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size", "said"),
+    [
+        ({"strategy": "fdsp"}, 4, "'fdsp'"),
+        ({"strategy": "fsdp", "tp": 3}, 4, "tp 3 does not divide 4 ranks"),
+        ({"strategy": "fsdp", "tp": 4}, 8, "across the network"),
+        ({"strategy": "ddp", "tp": 2}, 4, "tp is 2 with strategy ddp"),
+        ({"strategy": "hsdp", "replicas": 3}, 4, "3 replicas does not fill 4 ranks"),
+        ({"strategy": "hsdp"}, 1, "2 replicas does not fill 1 ranks"),
+        ({"strategy": "fsdp", "replicas": 2}, 4, "only hsdp"),
+        ({"strategy": "deepspeed", "zero_stage": 4}, 4, "zero_stage is 4"),
+        ({"strategy": "fsdp", "offload_optimizer": True}, 4, "only deepspeed has it"),
+        ({"tp": -1}, 4, "negative"),
+        ({"step_timeout_s": 0}, 4, "above 0"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(
+    config: dict[str, Any], world_size: int, said: str
+) -> None:
+    """Ignored, each would train something else than was asked for."""
+    with pytest.raises(ConfigError, match=said):
+        arrange(ParallelConfig(**config), ranks_of(world_size, min(world_size, 2)))
+
+
+def refused_plans() -> list[str]:
+    """What split_layers says to shapes that two ranks cannot split."""
+    from tests.test_dist_attention import SCHEMA
+
+    shape = {"hidden_size": 48, "num_layers": 1, "num_heads": 6, "num_kv_heads": 2}
+    cases = [
+        ({"num_kv_heads": 3, "intermediate_size": 81}, SCHEMA),
+        ({"num_kv_heads": 2, "attention_dropout": 0.1}, SCHEMA),
+        ({}, {**SCHEMA, "vocab_size": 101}),
+    ]
+    said = []
+    for changes, schema in cases:
+        config = llama.ModelConfig(**{**shape, "intermediate_size": 80, **changes})
+        mesh = make_mesh(CPU, Layout(rank=torch.distributed.get_rank(), tp=2))
+        with pytest.raises(ConfigError) as error:
+            llama.split_layers(llama.build(config, {**SCHEMA, **schema}), mesh["tp"])
+        said.append(str(error.value))
+    return said
+
+
+def test_layers_that_do_not_split_are_refused_by_name() -> None:
+    """Uneven heads fail in a reshape, and heads that share a dropout mask in silence."""
+    for said in run_ranks(refused_plans, 2, 240):
+        assert "model.num_kv_heads 3, model.intermediate_size 81" in said[0]
+        assert "model.attention_dropout is 0.1" in said[1]
+        assert "vocabulary 101" in said[2]
 
 
 def test_clip_without_gradients_and_without_limit() -> None:

@@ -11,9 +11,10 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from dist.errors import ConfigError
 from dist.precision import Precision
 from dist.ranks import Ranks
-from dist.sharding import shard_fsdp
+from dist.sharding import ParallelConfig, arrange, shard_fsdp
 from dist.strategies import LeydenEnvironment, make_strategy
 from tests.run_ranks import run_ranks
 
@@ -43,8 +44,10 @@ class Tiny(LightningModule):
 
 def fit(strategy: str) -> tuple[list[torch.Tensor], dict[str, Any]]:
     ranks = Ranks.from_environment()
+    parallel = ParallelConfig(strategy=strategy)  # type: ignore[arg-type]
     trainer = Trainer(
-        accelerator="cpu", devices=ranks.local_world_size, strategy=make_strategy(strategy),
+        accelerator="cpu", devices=ranks.local_world_size,
+        strategy=make_strategy(parallel, arrange(parallel, ranks)),
         plugins=[LeydenEnvironment(ranks)], accumulate_grad_batches=2, max_steps=3,
         use_distributed_sampler=False, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
@@ -105,5 +108,5 @@ def test_environment_refuses_ranks_that_do_not_fit() -> None:
 
 def test_unknown_strategy_is_refused() -> None:
     """A typo must not train on one rank."""
-    with pytest.raises(ValueError, match="'fdsp'"):
-        make_strategy("fdsp")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="'fdsp'"):
+        ParallelConfig(strategy="fdsp")  # type: ignore[arg-type]

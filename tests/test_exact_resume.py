@@ -184,8 +184,8 @@ def test_ranks_4_2_3_4_see_the_same_batches(dataset: Dataset, tmp_path: Path) ->
     assert [line["attempt"] for line in order] == [0, 1, 2, 3]
     assert all(line["t0"] == 10 * line["step0"] for line in order) and order[1]["step0"] > 1
     assert set(order[0]) == {
-        "step0", "t0", "batch", "micro_batch", "world_size", "accumulation", "attempt", "seed",
-        "data_digest",
+        "step0", "t0", "batch", "micro_batch", "world_size", "ranks", "accumulation", "attempt",
+        "seed", "data_digest",
     }  # fmt: skip
 
 

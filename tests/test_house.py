@@ -41,7 +41,7 @@ FLOORS: dict[int, set[str]] = {
     },
     2: {
         *{"activation", "attention", "batch", "cache", "checkpoint", "checkpoint_files", "drain"},
-        *{"checkpoint_url"},
+        *{"checkpoint_url", "deepspeed_zero", "hf_weights", "tensor_parallel"},
         *{"export_hf", "guard", "initialise", "loader", "loss", "mesh", "meter", "optim"},
         *{"precision", "profiling", "randomness", "sharding", "start", "watchdog"},
         *{"local_device", "memory_plan", "memory_trace", "op_cost", "plan_text", "pretend"},
