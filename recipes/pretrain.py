@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +23,12 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 
 from dist.activation import check_activation_checkpointing, checkpoint_blocks
-from dist.attention import describe_attention
 from dist.batch import Batch
-from dist.checkpoint_callback import Checkpoints
-from dist.compile import Compile, CompileName, check_compile, decide_compile
-from dist.config import parse_config
+from dist.compile import Compile, CompileName, check_compile
 from dist.dataset import open_dataset
 from dist.deepspeed_zero import gather_with
-from dist.drain import StopFlag, die_with_launcher, end_if_peer_lost, stop_requests
-from dist.errors import ConfigError, run_main
+from dist.drain import StopFlag, stop_requests
+from dist.errors import run_main
 from dist.gradient_scaler import GradientScaler
 from dist.guard import Guard, GuardConfig, check_guard
 from dist.initialise import materialise
@@ -41,37 +38,26 @@ from dist.loggers import LogConfig
 from dist.loss import loss_scale
 from dist.mesh import (
     Layout,
-    PeerFailed,
     choose_device,
     data_axes,
     on_rank_zero,
     share_cores,
     start_process_group,
-    stop_process_group,
-)
+)  # fmt: skip
 from dist.meter import MeterConfig, TokenFlops, token_flops
 from dist.micro_batch import MicroBatch, check_micro_batch
 from dist.micro_batch_callback import AutoMicroBatch
-from dist.monitor import observers
-from dist.numerics import Numerics
 from dist.optim import OptimConfig, adamw, lr_schedule
 from dist.order import OrderState, num_micro_batches
-from dist.precision import (
-    Precision,
-    PrecisionName,
-    cast_parameters,
-    check_precision,
-    decide_precision,
-)
+from dist.precision import Precision, PrecisionName, cast_parameters, check_precision
 from dist.profiling import ProfileConfig
 from dist.randomness import seed_micro_batch
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
-from dist.run_guard import RunGuard, run_attempts
-from dist.run_recorder import RunRecorder
 from dist.sharding import ParallelConfig, arrange, clip_grad_norm, shard_fsdp
 from dist.start import DataConfig, failure_recorded, start_run, summary_line
-from dist.strategies import LeydenEnvironment, StepTimeout, make_strategy
+from dist.strategies import LeydenEnvironment, make_strategy
+from dist.training import decide_numerics, main_of, run_callbacks
 from dist.watchdog import WatchdogConfig
 from recipes import llama
 
@@ -165,14 +151,9 @@ class Pretrain(LightningModule):
     """The model as Lightning sees it; what is sharded and saved is `net`."""
 
     def __init__(
-        self,
-        config: Config,
-        schema: dict[str, Any],
-        precision: Precision,
-        compiled: Compile,
-        layout: Layout,
-        guard: Guard,
-    ) -> None:
+        self, config: Config, schema: dict[str, Any], precision: Precision, compiled: Compile,
+        layout: Layout, guard: Guard,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config, self.schema, self.precision = config, schema, precision
         self.compiled, self.layout, self.guard = compiled, layout, guard
@@ -314,41 +295,13 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         )
         validation = validation_loader(dataset, plan, config.val_rows, run.path, stack)
         # Model and trainer.
-        precision = on_rank_zero(lambda: decide_precision(config.precision, device))
-        compiled = decide_compile(config.compile or "off", device)
-        judge = Guard(config.guard, device, world_size=ranks.world_size, counts=layout.counts)
-        module = Pretrain(config, schema, precision, compiled, layout, judge)
+        numeric = decide_numerics(config, device)
+        guard = Guard(config.guard, device, world_size=ranks.world_size, counts=layout.counts)
+        module = Pretrain(config, schema, numeric.precision, numeric.compiled, layout, guard)
         auto.loaders = [loader] if validation is None else [loader, validation]
-        recorder = RunRecorder(
-            run,
-            state,
-            loader,
-            attempt=start.attempt,
-            seq_len=schema["seq_len"],
-            log_every_steps=config.log_every_steps,
-            max_steps=config.max_steps,
-        )
-        checkpoints = Checkpoints(
-            run,
-            recorder,
-            record={"config": asdict(config), "data": start.data, "seed": config.seed},
-            attempt=start.attempt,
-            config=config,
-            folder=start.checkpoints,
-            resume_from=(start.checkpoint, start.record) if start.checkpoint else None,
-            may_change=MAY_CHANGE,
-        )
-        dropout = config.model.attention_dropout
-        attention = describe_attention(device, precision.compute_dtype, dropout)
-        kernels = {"precision": str(precision), "attention": attention, "compile": str(compiled)}
-        numerics = Numerics(run, start.attempt, kernels)
-        guard = RunGuard(
-            run, module.guard, recorder, checkpoints, dataset=dataset, loader=loader,
-            attempt=start.attempt, config=config, record=start.record,
-        )  # fmt: skip
-        observing = observers(
-            run, recorder, config, ranks, stack,
-            attempt=start.attempt, device=device, dtype=precision.compute_dtype,
+        recorder, callbacks = run_callbacks(
+            run, start, config, ranks, stack, dataset=dataset, loader=loader, state=state,
+            guard=guard, numeric=numeric, device=device, may_change=MAY_CHANGE,
         )  # fmt: skip
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -356,15 +309,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             num_nodes=ranks.world_size // ranks.local_world_size,
             strategy=make_strategy(config.parallel, layout, clip_norm=config.optim.clip_norm),
             plugins=[LeydenEnvironment(ranks)],
-            callbacks=[
-                auto,
-                recorder,
-                numerics,
-                guard,
-                checkpoints,
-                StepTimeout(config.parallel.step_timeout_s),
-                *observing,
-            ],
+            callbacks=[auto, *callbacks],
             max_steps=config.max_steps,
             accumulate_grad_batches=num_micro_batches(
                 config.global_batch, layout.dp_size, plan.micro_batch
@@ -382,8 +327,8 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         if ranks.is_first:
             at = f", from step {state.step} ({start.checkpoint.name})" if start.checkpoint else ""
             where = f"{config.parallel} on {ranks.world_size} ranks, {device.type}"
-            print(f"run {run.path}{at}: {where}, {precision}", file=sys.stderr)
-            print(f"attention: {attention}; compile: {compiled}", file=sys.stderr)
+            print(f"run {run.path}{at}: {where}, {numeric.precision}", file=sys.stderr)
+            print(f"attention: {numeric.attention}; compile: {numeric.compiled}", file=sys.stderr)
         started = time.monotonic()
         try:
             trainer.fit(module, loader, validation)
@@ -394,7 +339,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             "seconds": time.monotonic() - started,
             "ranks": ranks.world_size,
             "strategy": config.parallel.strategy,
-            "precision": str(precision),
+            "precision": str(numeric.precision),
             "data": start.data,
         }
         completed = facts["step"] >= facts["max_steps"]
@@ -406,31 +351,15 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
 
 
 def main() -> int:
-    """Parse the command line and train; only rank 0 reports what is wrong for all."""
-    die_with_launcher()
-    ranks = Ranks.from_environment()
-    try:
-        config = parse_config(
-            Config,
-            [word for word in sys.argv[1:] if word != "--"],
-            prog="python -m recipes.pretrain",
-            description="Pretrain a Llama on a packed-token dataset.",
-            configs=Path(__file__).parent / "configs",
-            prefix="pretrain_",
-        )
-    except ConfigError as error:
-        if ranks.is_first:
-            raise
-        return error.exit_code
-    try:
-        code = run_attempts(run, config, ranks)
-        stop_process_group()
-    except PeerFailed as error:
-        return error.exit_code
-    except Exception as error:
-        end_if_peer_lost(error)
-        raise
-    return code
+    """Parse the command line and train."""
+    return main_of(
+        Config,
+        run,
+        prog="python -m recipes.pretrain",
+        description="Pretrain a Llama on a packed-token dataset.",
+        configs=Path(__file__).parent / "configs",
+        prefix="pretrain_",
+    )
 
 
 if __name__ == "__main__":

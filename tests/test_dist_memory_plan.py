@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from benchmarks.plan_memory import measure
-from dist.activation import ActivationCheckpointing
 from dist.dataset import open_dataset
 from dist.devices import DEVICES, Device, find_device
 from dist.errors import ConfigError
@@ -52,7 +51,7 @@ def data_url() -> str:
 
 
 def config(
-    strategy: StrategyName = "fsdp", checkpointing: ActivationCheckpointing = "none", **more: Any
+    strategy: StrategyName = "fsdp", checkpointing: str = "none", **more: Any
 ) -> Config:
     model = ModelConfig(
         hidden_size=192, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=400,
@@ -87,7 +86,7 @@ def planned(
 def test_the_plan_is_what_a_run_allocates(
     num_ranks: int,
     strategy: StrategyName,
-    checkpointing: ActivationCheckpointing,
+    checkpointing: str,
     global_batch: int,
     tmp_path: Path,
 ) -> None:

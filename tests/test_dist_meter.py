@@ -25,7 +25,7 @@ from dist.meter import (
 )
 from tests.make_dataset import write_dataset
 from tests.rank_processes import World
-from tests.test_exact_resume import lines
+from tests.same_run import lines
 
 
 def llama_flops(tied: bool) -> Any:

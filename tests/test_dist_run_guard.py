@@ -23,7 +23,7 @@ from dist.skips import Skips
 from launch import audit as launch_audit
 from tests.make_dataset import write_dataset
 from tests.rank_processes import World, train
-from tests.test_exact_resume import assert_same_run, lines, tensors
+from tests.same_run import assert_same_run, lines, tensors
 
 BAD_STEP = 5
 STEPS = 9

@@ -50,7 +50,7 @@ FLOORS: dict[int, set[str]] = {
     },
     3: {
         *{"checkpoint_callback", "lightning_plugins", "run_recorder", "strategies"},
-        *{"loggers", "micro_batch_callback", "monitor", "numerics", "run_guard"},
+        *{"loggers", "micro_batch_callback", "monitor", "numerics", "run_guard", "training"},
     },
 }
 FLOOR_1_MAY_USE = {

@@ -1,0 +1,125 @@
+"""What every recipe does around its model and its Trainer: the callbacks of a run, its main."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pytorch_lightning import Callback
+
+from dist.attention import describe_attention
+from dist.checkpoint_callback import Checkpoints
+from dist.compile import Compile, decide_compile
+from dist.config import parse_config
+from dist.dataset import Dataset
+from dist.drain import die_with_launcher, end_if_peer_lost, end_process
+from dist.errors import ConfigError
+from dist.guard import Guard
+from dist.loader import TokenLoader
+from dist.mesh import PeerFailed, on_rank_zero, stop_process_group
+from dist.monitor import observers
+from dist.numerics import Numerics
+from dist.order import OrderState
+from dist.precision import Precision, decide_precision
+from dist.ranks import Ranks
+from dist.run_dir import RunDir
+from dist.run_guard import RunGuard, run_attempts
+from dist.run_recorder import RunRecorder
+from dist.start import Start
+from dist.strategies import StepTimeout
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numeric:
+    """How a run computes, decided alike on all ranks; the text of each gives the reason."""
+
+    precision: Precision
+    compiled: Compile
+    attention: str
+
+
+def decide_numerics(config: Any, device: torch.device) -> Numeric:
+    """By config.precision, .compile and .model.attention_dropout, and by the hardware."""
+    precision = on_rank_zero(lambda: decide_precision(config.precision, device))
+    return Numeric(
+        precision=precision,
+        compiled=decide_compile(config.compile or "off", device),
+        attention=describe_attention(
+            device, precision.compute_dtype, config.model.attention_dropout
+        ),
+    )
+
+
+def run_callbacks(
+    run: RunDir, start: Start, config: Any, ranks: Ranks, stack: ExitStack, *,
+    dataset: Dataset, loader: TokenLoader, state: OrderState, guard: Guard, numeric: Numeric,
+    device: torch.device, may_change: tuple[str, ...],
+) -> tuple[RunRecorder, list[Callback]]:  # fmt: skip
+    """The recorder, and all callbacks in the order that they need: records, guard, checkpoints
+    (so that nothing is saved that was not judged), then what only watches."""
+    recorder = RunRecorder(
+        run, state, loader, attempt=start.attempt, seq_len=dataset.manifest.schema["seq_len"],
+        log_every_steps=config.log_every_steps, max_steps=config.max_steps,
+    )  # fmt: skip
+    checkpoints = Checkpoints(
+        run, recorder,
+        record={"config": asdict(config), "data": start.data, "seed": config.seed},
+        attempt=start.attempt, config=config, folder=start.checkpoints,
+        resume_from=(start.checkpoint, start.record) if start.checkpoint else None,
+        may_change=may_change,
+    )  # fmt: skip
+    kernels = {
+        "precision": str(numeric.precision),
+        "attention": numeric.attention,
+        "compile": str(numeric.compiled),
+    }
+    acting = RunGuard(
+        run, guard, recorder, checkpoints, dataset=dataset, loader=loader,
+        attempt=start.attempt, config=config, record=start.record,
+    )  # fmt: skip
+    watching = observers(
+        run, recorder, config, ranks, stack,
+        attempt=start.attempt, device=device, dtype=numeric.precision.compute_dtype,
+    )  # fmt: skip
+    timeout = StepTimeout(config.parallel.step_timeout_s)
+    numerics = Numerics(run, start.attempt, kernels)
+    return recorder, [recorder, numerics, acting, checkpoints, timeout, *watching]
+
+
+def main_of(
+    cls: type[Config], run: Callable[[Config, Ranks, ExitStack], int], *,
+    prog: str, description: str, configs: Path, prefix: str,
+) -> int:  # fmt: skip
+    """Parse the command line and run; only rank 0 reports what is wrong for all."""
+    die_with_launcher()
+    ranks = Ranks.from_environment()
+    try:
+        config = parse_config(
+            cls,
+            [word for word in sys.argv[1:] if word != "--"],
+            prog=prog, description=description, configs=configs, prefix=prefix,
+        )  # fmt: skip
+    except ConfigError as error:
+        if ranks.is_first:
+            raise
+        return error.exit_code
+    try:
+        code = run_attempts(run, config, ranks)
+    except PeerFailed as error:
+        return error.exit_code
+    except Exception as error:
+        end_if_peer_lost(error)
+        raise
+    if ranks.world_size > 1:
+        # All is written. A gather thread may sit in an all-reduce of a step that nobody takes:
+        # destroying its group, or the interpreter, under it is an abort now and then.
+        end_process(code)
+    stop_process_group()
+    return code
