@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dist.errors import EXIT_INTERRUPTED, LeydenError
+from dist.run_dir import launched_attempt
 
 EXIT_STOPPED = 75
 CONTROL_DRAIN = "control/drain"
@@ -92,7 +93,12 @@ def stop_requests(flag: StopFlag, run: Path, *, is_first: bool) -> Callable[[], 
 
 
 def clear_request(run: Path) -> None:
-    """Forget a request that was meant for an earlier attempt."""
+    """Forget a request that was meant for an earlier attempt.
+
+    A Slurm job has done so at its start; a request that came since is meant for this attempt.
+    """
+    if launched_attempt(run) is not None:
+        return
     (run / CONTROL_DRAIN).unlink(missing_ok=True)
 
 

@@ -95,16 +95,23 @@ class RunDir:
         self.write("run.json", _json({**identity, **record}))
 
     def new_attempt(self, config_yaml: str = "") -> int:
-        """Take the next free attempt number (from 0) by an atomic mkdir; writes its env.json."""
+        """Take the next free attempt number (from 0) by an atomic mkdir; writes its env.json.
+
+        A Slurm job has taken its number already (launch/templates/train.sbatch).
+        """
         attempts = self.path / "attempts"
         attempts.mkdir(parents=True, exist_ok=True)
+        taken = launched_attempt(self.path)
+        if taken is not None and (attempts / str(taken) / "env.json").exists():
+            taken = None
         number = max((int(p.name) for p in attempts.iterdir() if p.name.isdigit()), default=-1) + 1
-        while True:
+        while taken is None:
             try:
                 (attempts / str(number)).mkdir()
                 break
             except FileExistsError:
                 number += 1
+        number = number if taken is None else taken
         self.write(f"attempts/{number}/env.json", _json(_environment()))
         if config_yaml:
             self.write(f"attempts/{number}/config.yaml", config_yaml.encode())
@@ -203,6 +210,15 @@ class RunDir:
         except ValueError as error:
             raise SetupError(f"{self.path / name} is not JSON ({error}); was it edited?") from None
         return record if isinstance(record, dict) else None
+
+
+def launched_attempt(run: Path) -> int | None:
+    """The attempt of `run` that the job has taken for its ranks; None outside of such a job."""
+    number = os.environ.get("LEYDEN_ATTEMPT", "")
+    folder = os.environ.get("LEYDEN_RUN_DIR", "")
+    if not number.isdigit() or not folder or Path(folder).resolve() != run.resolve():
+        return None
+    return int(number) if (run / "attempts" / number).is_dir() else None
 
 
 def _json(record: dict[str, Any]) -> bytes:

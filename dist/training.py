@@ -113,7 +113,7 @@ def main_of(
     try:
         code = run_attempts(run, config, ranks)
     except PeerFailed as error:
-        return error.exit_code
+        code = error.exit_code
     except Exception as error:
         end_if_peer_lost(error)
         raise

@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = ["--signals-to-handle=SIGQUIT", *words]
     watch_signals()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
     # Its errors repeat, in a longer form, what the rank has said itself.
@@ -94,6 +95,14 @@ def main(arguments: list[str] | None = None) -> int:
             ranks = ", ".join(f"rank {rank}: {ended[rank]}" for rank in sorted(ended))
             print(f"error: the run failed (exit codes: {ranks}); see above", file=sys.stderr)
         return code
+    except RendezvousError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[:1]
+        print(
+            f"error: this node cannot join the others, or lost them ({''.join(reason)}); every "
+            "node must resolve and reach the first one (--rdzv-endpoint)",
+            file=sys.stderr,
+        )
+        return 4
     return 0
 
 

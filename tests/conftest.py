@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Settings of the person who runs the tests that would change what the tests see.
-_LEAKS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LEYDEN_LAUNCH")
+_LEAKS = (
+    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LEYDEN_LAUNCH"),
+    *("LEYDEN_RUN_DIR", "LEYDEN_ATTEMPT"),
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of many minutes run where they are asked for: -m slurm_long, `make test-slurm`."""
+    if "slurm_long" in str(config.option.markexpr):
+        return
+    long = [item for item in items if item.get_closest_marker("slurm_long")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +37,17 @@ def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Any]:
+    """A real Slurm of four nodes for the whole session (tests/slurm_cluster.py)."""
+    from tests.slurm_cluster import missing, running_cluster
+
+    reason = missing()
+    if reason and os.environ.get("LEYDEN_REQUIRE_SLURM"):
+        pytest.fail(f"Slurm was installed for this, and cannot be used: {reason}")
+    if reason:
+        pytest.skip(f"no Slurm here: {reason}")
+    with running_cluster() as cluster:
+        yield cluster

@@ -68,6 +68,7 @@ def test_the_wheel_holds_every_source_file(tmp_path: Path) -> None:
     (wheel,) = (copy / "build" / "wheel").glob("leyden-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     expected = {name for name in room_files(".py", ".yaml")}
+    expected |= {name for name in room_files("") if name.startswith("launch/templates/")}
     assert expected - set(names) == set()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == set(ROOMS), "the wheel must hold the rooms and nothing else"
@@ -123,7 +124,7 @@ def test_test_names_begin_with_a_room() -> None:
         *{"test_packaging", "test_house", "test_quickstart", "test_golden", "test_docs"},
         *{"test_opens_elsewhere", "test_exact_resume", "test_drain"},
     }
-    rooms = tuple(f"test_{room}_" for room in ROOMS)
+    rooms = (*(f"test_{room}_" for room in ROOMS), "test_slurm_")
     for path in (ROOT / "tests").glob("test_*.py"):
         assert path.stem in whole_house or path.stem.startswith(rooms), path.name
 
