@@ -10,11 +10,11 @@ PYTEST_ARGS ?=
 export TORCH_SPEC
 BIN := .venv/bin
 
-.PHONY: help setup quickstart test lint bench clean
+.PHONY: help setup quickstart test test-all test-slurm lint bench clean
 
 help:
 	@echo 'make quickstart   the whole path on real input: Spark -> shards -> two ranks (ARGS=--smoke)'
-	@echo 'make test         the tests (PYTEST_ARGS=...)'
+	@echo 'make test         the tests (PYTEST_ARGS=...); test-all, test-slurm: the long ones too'
 	@echo 'make lint         ruff and mypy'
 	@echo 'make bench        the published figures in half an hour, into build/benchmarks'
 	@echo 'make setup        .venv only; make clean removes build output, never data, runs or .venv'
@@ -33,6 +33,14 @@ quickstart: setup
 
 test: setup
 	@exec $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Every strategy crossed with every option, and every fault point.
+test-all: setup
+	@LEYDEN_ALL_CELLS=1 LEYDEN_FAULT_POINTS=0 exec $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Half an hour on a real Slurm that the tests start themselves (root, slurm-wlm, munge).
+test-slurm: setup
+	@exec $(BIN)/python -m pytest -m slurm_long -s tests/test_slurm_long.py $(PYTEST_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -23,9 +23,13 @@ FIGURES = {
     "loader": "--repeat 2",
     "step": "--steps 40 --repeat 2",
     "checkpoint": "--steps 50 --repeat 3",
+    "guard_meter": "--steps 40 --repeat 3",
+    "compile": "--steps 20 --repeat 1",
+    "plan_memory": "",
+    "status": "",
     "prep": "--repeat 1",
 }
-NEED_DATA = ("step", "checkpoint")
+NEED_DATA = ("step", "checkpoint", "guard_meter", "compile", "plan_memory")
 
 
 def machine() -> str:
@@ -63,7 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default=",".join(FIGURES))
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "benchmarks")
-    parser.add_argument("--data", default="data/quickstart/dataset", help="for step and checkpoint")
+    parser.add_argument("--data", default="data/quickstart/dataset", help="for those that train")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     failed = []
