@@ -36,12 +36,8 @@ from dist.watchdog import Watchdog
 class Monitor(Callback):
     """Meters a run. What it needs of a step it takes from the recorder when that logs."""
 
-    def __init__(
-        self, run: RunDir, recorder: RunRecorder, config: MeterConfig, *,
-        attempt: int, dtype: torch.dtype,
-    ) -> None:  # fmt: skip
-        self._run, self._recorder, self._config = run, recorder, config
-        self._attempt, self._dtype = attempt, dtype
+    def __init__(self, recorder: RunRecorder, config: MeterConfig, *, dtype: torch.dtype) -> None:
+        self._recorder, self._config, self._dtype = recorder, config, dtype
         self._peak = Peak(flops=0.0, source="not asked for yet")
         self._flops: TokenFlops | None = None
         self._trainer: Trainer | None = None
@@ -125,7 +121,7 @@ class Monitor(Callback):
         print(f"meter: {line}", file=sys.stderr)
         record = {"event": "meter", "verdict": line, "time": time.time()}
         try:
-            self._run.append("ledger.jsonl", {**record, "attempt": self._attempt})
+            self._recorder.write_line("ledger.jsonl", record)
         except OSError as error:
             print(f"warning: the meter cannot write: {error}", file=sys.stderr)
 
@@ -207,7 +203,7 @@ def observers(
         recorder.metric_sinks.append(loggers.log)
         stack.callback(loggers.close)
     return [
-        Monitor(run, recorder, config.meter, attempt=attempt, dtype=dtype),
+        Monitor(recorder, config.meter, dtype=dtype),
         ProfileSteps(Window(run.path / PROFILE, config.profile, ranks.rank, device)),
         Heartbeats(watchdog),
     ]

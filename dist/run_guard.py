@@ -77,9 +77,12 @@ class RunGuard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         optimizer = trainer.optimizers[0]
         if self._guard.enabled and trainer.is_global_zero and not obeys_found_inf(optimizer):
+            consequence = "every step waits for the device once"
+            if self._config.parallel.strategy == "deepspeed":
+                consequence = "a bad step is found after its update, and ends the attempt unsaved"
             print(
                 f"guard: {type(optimizer).__name__} does not take found_inf (a fused optimizer "
-                "does), so every step waits for the device once",
+                f"does), so {consequence}",
                 file=sys.stderr,
             )
 
@@ -101,8 +104,8 @@ class RunGuard(Callback):
         policy = self._config.guard.policy
         if trainer.is_global_zero:
             event = {"event": "bad_step", "step": bad.step, "policy": policy, "text": bad.text}
-            record = {**event, "bundle": bundle, "time": time.time(), "attempt": self._attempt}
-            _in_spite_of_disk(lambda: self._run.append("ledger.jsonl", record))
+            record = {**event, "bundle": bundle, "time": time.time()}
+            _in_spite_of_disk(lambda: self._recorder.write_line("ledger.jsonl", record))
         if policy == "raise":
             self._end(trainer, bad, bundle, "guard.policy is raise")
         if policy == "rollback":

@@ -101,7 +101,7 @@ class RunRecorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self._append("order.jsonl", self._segment(trainer))
+            self.write_line("order.jsonl", self._segment(trainer))
             bar = Progress("train", self.end_step, "steps")
             self._bar = self._exit.enter_context(bar)
             self._bar.set(self.order.step)
@@ -123,7 +123,7 @@ class RunRecorder(Callback):
             **({"skipped": self.order.skipped} if self.order.skipped else {}),
         }
 
-    def _append(self, name: str, record: dict[str, Any]) -> None:
+    def write_line(self, name: str, record: dict[str, Any]) -> None:
         """A line of one of the run's logs; rank 0 calls it."""
         if self.keeps_records:
             self.run.append(name, {**record, "attempt": self._attempt})
@@ -157,12 +157,12 @@ class RunRecorder(Callback):
             self.order = dataclasses.replace(self.order, batch=rows)
             if trainer.is_global_zero:
                 segment = {**self._segment(trainer), "accumulation": batch.num_micro}
-                self._append("order.jsonl", segment)
+                self.write_line("order.jsonl", segment)
         self.order = dataclasses.replace(self.order, step=batch.step + 1, t=batch.t1)
         if trainer.is_global_zero:
             record = {"step": batch.step, "t0": batch.t0, "t1": batch.t1, "batch": rows}
             more = {"targets": batch.step_targets, "time": time.time()}
-            self._append("consumed.jsonl", {**record, **more})
+            self.write_line("consumed.jsonl", {**record, **more})
 
     def _log(self, trainer: Trainer, step: int, pl_module: Any) -> None:
         """Means over the steps since the last log; the one place that waits for the device."""
@@ -191,7 +191,7 @@ class RunRecorder(Callback):
         self._total.seconds += elapsed_s
         self.tokens_per_s = self._total.tokens / self._total.seconds
         if trainer.is_global_zero:
-            self._append("metrics.jsonl", metrics)
+            self.write_line("metrics.jsonl", metrics)
             self._tell_sinks(metrics)
         if self._bar is not None:
             note = f"loss {self.train_loss:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s"
@@ -209,7 +209,7 @@ class RunRecorder(Callback):
             if self._window.paused_at is not None:
                 facts["validation_s"] = time.perf_counter() - self._window.paused_at
             record = {"step": self.order.step, **facts}
-            self._append("metrics.jsonl", record)
+            self.write_line("metrics.jsonl", record)
             self._tell_sinks(record)
             if self._bar is not None:
                 self._bar.set(self.order.step, f"validation loss {loss:.3f}")

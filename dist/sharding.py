@@ -208,7 +208,7 @@ def num_parameters(module: nn.Module) -> int:
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale gradients to a global norm of at most `max_norm` (0: leave them); returns the norm.
 
-    Works on plain tensors and on DTensors of any meshes, also mixed: one norm per mesh, combined.
+    Works on plain tensors and on DTensors of any layouts, also mixed: one norm a layout, combined.
     The norm is a scalar on the gradients' device; nothing waits for it.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -216,12 +216,9 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         return torch.zeros(())
     groups: dict[Any, list[Tensor]] = {}
     for grad in grads:
-        groups.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
-    norms = []
-    for group in groups.values():
-        norm = torch.nn.utils.get_total_norm(group)
-        norms.append(_whole_norm(norm) if isinstance(norm, DTensor) else norm)
-    total = torch.linalg.vector_norm(torch.stack(norms))
+        layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+        groups.setdefault(layout, []).append(grad)
+    total = torch.stack([_squared_norm(group) for group in groups.values()]).sum().sqrt()
     if max_norm > 0:
         factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
@@ -229,10 +226,14 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return total
 
 
-def _whole_norm(norm: DTensor) -> Tensor:
-    """The norm of all ranks' parts; its own full_tensor() warns on meshes of two axes."""
-    square = norm.to_local() ** 2
-    for axis, placement in enumerate(norm.placements):
-        if placement.is_partial():
-            torch.distributed.all_reduce(square, group=norm.device_mesh.get_group(axis))
-    return square.sqrt()
+def _squared_norm(grads: list[Tensor]) -> Tensor:
+    """Of tensors of one layout, over all ranks that hold other parts of them; fp32."""
+    first = grads[0]
+    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    square = torch.stack(torch._foreach_norm(local)).float().square().sum()
+    if isinstance(first, DTensor):
+        # DTensor's own norm warns on meshes of two axes, and reduces each tensor's.
+        for axis, placement in enumerate(first.placements):
+            if not placement.is_replicate():
+                torch.distributed.all_reduce(square, group=first.device_mesh.get_group(axis))
+    return square

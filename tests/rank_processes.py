@@ -63,6 +63,7 @@ def _one_rank(
         # keeps Lightning from setting them again.
         OMP_NUM_THREADS="1",
     )  # fmt: skip
+    from dist import training
     from dist.errors import run_main
     from recipes import pretrain
 
@@ -74,7 +75,7 @@ def _one_rank(
     made = config(url, folder, **changes)
     print(JOINED, flush=True)
     # Parsing costs half a second a rank; the rest of main() is the real one.
-    pretrain.parse_config = lambda *_, **__: made
+    training.parse_config = lambda *_, **__: made
     pretrain.share_cores = lambda *_: None
     run_main(pretrain.main)
 

@@ -78,8 +78,8 @@ def saved_again(folder: Path) -> Any:
     from unittest.mock import patch
 
     from dist.checkpoint import save_checkpoint
+    from dist.checkpoint_callback import Checkpoints
     from dist.lightning_plugins import StopRun
-    from recipes.pretrain import Checkpoints
 
     load = Checkpoints.on_fit_start
 

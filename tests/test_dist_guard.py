@@ -20,7 +20,7 @@ class Micro:
     """What the guard reads of a batch."""
 
     def __init__(self, step: int, step_targets: int = 1) -> None:
-        self.step, self.step_targets = step, step_targets
+        self.step, self.step_targets, self.micro = step, step_targets, 0
 
 
 def optimizer_of(kind: str) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:

@@ -50,9 +50,7 @@ def data_url() -> str:
     return write_dataset(Path(_keep[0].name) / "data", seq_len=128, longest=200).storage.url
 
 
-def config(
-    strategy: StrategyName = "fsdp", checkpointing: str = "none", **more: Any
-) -> Config:
+def config(strategy: StrategyName = "fsdp", checkpointing: str = "none", **more: Any) -> Config:
     model = ModelConfig(
         hidden_size=192, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=400,
         tie_embeddings=False, max_position_embeddings=512,

@@ -71,7 +71,9 @@ def test_any_rank_killed_at_any_moment(dataset: Dataset, tmp_path: Path, seed: i
         assert codes[victim] == -signal.SIGKILL
         for rank in set(range(world_size)) - {victim}:
             assert codes[rank] == 1, world.said(rank)
-            assert "another rank ended" in world.said(rank), world.said(rank)
+            # A rank may wait in a group of its own, whose members are all alive: end_soon ends it.
+            ends = ("another rank ended", "still waiting for other ranks")
+            assert any(words in world.said(rank) for words in ends), world.said(rank)
             assert "Traceback" not in world.said(rank), world.said(rank)
     assert seconds < ALL_GONE_WITHIN_S
 
