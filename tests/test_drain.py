@@ -6,6 +6,7 @@ is a TimeoutError that names the silent ranks.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -33,10 +34,10 @@ PHASES = {
     "mid-accumulation": ("recipes.pretrain.Pretrain", "training_step", 6),
     "optimizer": ("recipes.pretrain.Pretrain", "on_before_optimizer_step", 5),
     "validation": ("recipes.pretrain.Pretrain", "validation_step", 0),
-    "save": ("recipes.pretrain.Checkpoints", "save", 0),
+    "save": ("dist.checkpoint_callback.Checkpoints", "save", 0),
     "last validation": ("recipes.pretrain.Pretrain", "validation_step", 4),
-    "last save": ("recipes.pretrain.Checkpoints", "save", 3),
-    "after the last step": ("recipes.pretrain.Checkpoints", "on_train_end", 0),
+    "last save": ("dist.checkpoint_callback.Checkpoints", "save", 3),
+    "after the last step": ("dist.checkpoint_callback.Checkpoints", "on_train_end", 0),
 }
 
 
@@ -50,9 +51,11 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def find(owner: str) -> Any:
-    from recipes import pretrain
-
-    return getattr(pretrain, owner.removeprefix("recipes.pretrain.").split(".")[0], pretrain)
+    """A module, or a class of one, by its dotted name."""
+    module, _, name = owner.rpartition(".")
+    if name[0].isupper():
+        return getattr(importlib.import_module(module), name)
+    return importlib.import_module(owner)
 
 
 def signal_in(
@@ -135,7 +138,7 @@ def signal_twice(rank: int, victims: tuple[int, ...], where: tuple[Any, ...]) ->
     signal_in(rank, victims, *where)
     # The only save before the end is the drain's.
     both = (signal.SIGUSR1, signal.SIGTERM)
-    signal_in(rank, victims, "recipes.pretrain.Checkpoints", "save", 0, both)
+    signal_in(rank, victims, "dist.checkpoint_callback.Checkpoints", "save", 0, both)
 
 
 def test_ctrl_c_drains_too_and_keeps_its_code(dataset: Dataset, tmp_path: Path) -> None:
