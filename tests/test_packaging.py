@@ -122,7 +122,7 @@ def test_test_names_begin_with_a_room() -> None:
     """tests/test_<room>_<module>.py, so that a module's tests are found by its name."""
     whole_house = {
         *{"test_packaging", "test_house", "test_quickstart", "test_golden", "test_docs"},
-        *{"test_opens_elsewhere", "test_exact_resume", "test_drain"},
+        *{"test_opens_elsewhere", "test_exact_resume", "test_drain", "test_benchmarks"},
     }
     rooms = (*(f"test_{room}_" for room in ROOMS), "test_slurm_")
     for path in (ROOT / "tests").glob("test_*.py"):
