@@ -96,6 +96,7 @@ class Watchdog:
             folder.mkdir(parents=True, exist_ok=True)
         self._stacks = open(self._hang / f"rank-{self._rank}.txt", "w")  # noqa: SIM115
         self._since = time.monotonic()
+        self._write_beat(0.0)  # a rank that is stopped before its first interval has a host too
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 

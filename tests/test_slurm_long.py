@@ -24,9 +24,10 @@ SOAK_S, KILL_EVERY_S, SOAK_STEP_S = 600.0, 30.0, 0.4
 # The real recipe with a rest in every step, so that a small model lasts for minutes.
 SLOW = """\
 import time
+from dist.run_recorder import RunRecorder
 from recipes import pretrain
 
-original = pretrain.RunRecorder.on_train_batch_end
+original = RunRecorder.on_train_batch_end
 
 
 def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -35,7 +36,7 @@ def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
     original(self, trainer, pl_module, outputs, batch, batch_idx)
 
 
-pretrain.RunRecorder.on_train_batch_end = on_train_batch_end
+RunRecorder.on_train_batch_end = on_train_batch_end
 if __name__ == "__main__":
     from dist.errors import run_main
 

@@ -24,9 +24,10 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 # The real recipe; each rank also writes down the steps that it completes.
 RECORDED = """\
 import os
+from dist.run_recorder import RunRecorder
 from recipes import pretrain
 
-original = pretrain.RunRecorder.on_train_batch_end
+original = RunRecorder.on_train_batch_end
 
 
 def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -37,7 +38,7 @@ def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
     original(self, trainer, pl_module, outputs, batch, batch_idx)
 
 
-pretrain.RunRecorder.on_train_batch_end = on_train_batch_end
+RunRecorder.on_train_batch_end = on_train_batch_end
 if __name__ == "__main__":
     from dist.errors import run_main
 
