@@ -2,14 +2,13 @@
 
     python -m benchmarks.plan_memory --data DATASET [--config tiny] [--device h100]
 
-One rank, sixteen steps; on a GPU the peak is torch.cuda.max_memory_allocated, on a CPU the peak of
+One rank, three steps; on a GPU the peak is torch.cuda.max_memory_allocated, on a CPU the peak of
 what the profiler sees allocated. Prints the plan, the measurement and the ratio.
 """
 
 from __future__ import annotations
 
 import argparse
-import bisect
 import json
 import multiprocessing
 import tempfile
@@ -27,7 +26,7 @@ class Measured:
     """Bytes of one rank of a real run."""
 
     peak: int
-    """Most tensor memory at once in a step."""
+    """Most tensor memory at once, up to the end of the last optimizer step."""
     parameters: int
     optimizer: int
 
@@ -54,7 +53,7 @@ def measure(config: Any) -> Measured:
             held["cuda"] = torch.cuda.max_memory_allocated()
 
     handle = register_optimizer_step_post_hook(look)
-    config = replace(config, max_steps=16, save_every_steps=0, async_save=False, val_rows=1)
+    config = replace(config, max_steps=3, save_every_steps=0, async_save=False, val_rows=1)
     activities = [torch.profiler.ProfilerActivity.CPU]
     profiler = torch.profiler.profile(activities=activities, profile_memory=True)
     with profiler as profile, ExitStack() as stack:
@@ -70,17 +69,19 @@ def _local_bytes(tensor: Any) -> int:
 
 
 def _profiled_peak(profile: Any) -> int:
-    """Peak of a step: largest running sum of the CPU allocator's events. The least over all steps
-    but the first: where cores are busy, gloo's threads free their copies late in some."""
+    """Largest running sum of the CPU allocator's events before the last step's end."""
     events = list(profile.profiler.kineto_results.events())
-    ends = sorted(event.start_ns() for event in events if event.name() == STEP_END)
-    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    total, peaks = 0, [0] * (len(ends) + 1)
-    for at_ns, change in memory:
+    end_ns = max(event.start_ns() for event in events if event.name() == STEP_END)
+    memory = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in events
+        if event.name() == "[memory]" and event.start_ns() < end_ns
+    )
+    total = peak = 0
+    for _, change in memory:
         total += change
-        step = bisect.bisect(ends, at_ns)
-        peaks[step] = max(peaks[step], total)
-    return min(peaks[1:-1])
+        peak = max(peak, total)
+    return peak
 
 
 def compare(words: Sequence[str], data: str, device: str) -> dict[str, Any]:
