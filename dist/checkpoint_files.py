@@ -51,13 +51,8 @@ class HashedFiles(FileSystem):
         if mode != "wb":
             raise ValueError(f"{path}: only written files are hashed, not mode {mode!r}")
         with open(path, "xb", buffering=_BUFFER_BYTES) as file:
-            stream = HashedStream(file)
-            try:
+            with hashed(file) as stream:
                 yield stream
-            except Exception:
-                if stream.failure is not None:
-                    raise stream.failure from None
-                raise
             file.flush()
             os.fsync(file.fileno())
         name = Path(path).name
@@ -75,6 +70,18 @@ class HashedFiles(FileSystem):
     def sync(self) -> None:
         """Make the files' names durable."""
         sync_folder(self.folder)
+
+
+@contextmanager
+def hashed(file: Any) -> Iterator[HashedStream]:
+    """A stream into `file`; where a write failed, its own OSError and not torch.save's words."""
+    stream = HashedStream(file)
+    try:
+        yield stream
+    except Exception:
+        if stream.failure is not None:
+            raise stream.failure from None
+        raise
 
 
 class HashedStream:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from dist.checkpoint_files import HashedFiles, HashedStream
+from dist.checkpoint_files import HashedFiles, HashedStream, hashed
 from dist.storage import Storage
 from dist.url_path import Place, UrlPath
 
@@ -78,14 +78,8 @@ class HashedUploads(FileSystemBase):
             yield stream
             self._held[name] = held.getvalue()
         else:
-            with self.storage.upload(name) as file:
-                stream = HashedStream(file)
-                try:
-                    yield stream
-                except Exception:
-                    if stream.failure is not None:
-                        raise stream.failure from None
-                    raise
+            with self.storage.upload(name) as file, hashed(file) as stream:
+                yield stream
         self.written[name] = stream.facts()
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
