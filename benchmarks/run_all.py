@@ -27,6 +27,7 @@ FIGURES = {
     "compile": "--steps 20 --repeat 1",
     "plan_memory": "",
     "status": "",
+    "reliability": "--trials 1",
     "prep": "--repeat 1",
 }
 NEED_DATA = ("step", "checkpoint", "guard_meter", "compile", "plan_memory")

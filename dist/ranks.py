@@ -36,9 +36,23 @@ class Ranks:
     def from_environment(cls, env: Mapping[str, str] | None = None) -> Ranks:
         """torchrun sets RANK and WORLD_SIZE; under srun alone SLURM_PROCID and SLURM_NTASKS.
 
-        A SLURM job without a step (a batch script, salloc's shell) is one process.
+        A SLURM job without a step (a batch script, salloc's shell) is one process. A launcher that
+        knows how many ranks there must be says so in LEYDEN_NUM_RANKS (N or MIN:MAX): N nodes
+        that did not find each other are N worlds, each of which would train the whole run.
         """
         env = os.environ if env is None else env
+        ranks = cls._read(env)
+        least, _, most = env.get("LEYDEN_NUM_RANKS", "").partition(":")
+        if least.isdigit() and not int(least) <= ranks.world_size <= int(most or least):
+            raise SetupError(
+                f"this world has {ranks.world_size} ranks, and the launch is of {least}"
+                f"{f' to {most}' if most else ''}: the nodes did not find each other; check that "
+                "all were started with the same --nnodes and --rdzv"
+            )
+        return ranks
+
+    @classmethod
+    def _read(cls, env: Mapping[str, str]) -> Ranks:
         try:
             if "RANK" in env and "WORLD_SIZE" in env:
                 world = int(env["WORLD_SIZE"])

@@ -19,6 +19,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import socket
 import statistics
 import sys
@@ -206,6 +207,21 @@ class Watchdog:
             self._run.write_outcome(
                 self._attempt, "hung", error=text, step=mine["step"], at_fault=guilty
             )
+        for one in guilty:
+            if one["where"] == NO_HEARTBEAT and one.get("host") == mine["host"]:
+                kill_sibling(int(one["pid"]))
+
+
+def kill_sibling(pid: int) -> bool:
+    """SIGKILL to a rank of the same launcher: stopped, it would keep torchrun waiting for 30 s."""
+    try:
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        if pid == os.getpid() or parent != os.getppid():
+            return False
+        os.kill(pid, signal.SIGKILL)
+    except (OSError, ValueError, IndexError):
+        return False
+    return True
 
 
 def stack_of(frame: FrameType | None) -> list[tuple[str, str, int]]:

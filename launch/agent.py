@@ -8,12 +8,21 @@ passed to the ranks once, and they end when their checkpoint is written.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
+from typing import Any
+
+from launch.failures import describe_ranks, oom_kills, write_failures
+
+PREFIX_VARIABLE = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"
+# Torch takes an empty template for none: the prefix is the role's name, which is '' then.
+NO_PREFIX = "${role_name}"
 
 
 def rank_processes(agent_pid: int) -> list[int]:
@@ -72,11 +81,37 @@ def exit_code(codes: list[int]) -> int:
     return min(told, key=lambda code: weight.get(code, 0), default=0)
 
 
+def keep_failures(
+    failures: dict[int, Any], log_dir: str | None, node: str, out_of_memory: int
+) -> list[dict[str, Any]]:
+    """Records of the failed ranks, the first to fail in front; kept in the attempt's folder.
+
+    failures: global rank -> torch's ProcessFailure, of this node's ranks.
+    """
+    logs: dict[int, Path] = {}
+    for rank, failure in failures.items():
+        found = sorted(Path(log_dir or os.devnull).glob(f"*/*/{failure.local_rank}/stderr.log"))
+        if found:
+            logs[rank] = found[-1]
+    codes = {rank: one.exitcode for rank, one in failures.items()}
+    records = describe_ranks(codes, logs, out_of_memory)
+    run, attempt = os.environ.get("LEYDEN_RUN_DIR", ""), os.environ.get("LEYDEN_ATTEMPT", "")
+    folder = Path(run) / "attempts" / attempt
+    if run and attempt and folder.is_dir():
+        try:
+            write_failures(folder, node or socket.gethostname(), records)
+        except OSError:
+            pass  # a full disk; the exit code is what counts
+    return records
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run torchrun's agent on `arguments`; returns the exit code for the whole launch."""
     words = sys.argv[1:] if arguments is None else arguments
     # With SIGQUIT alone in this list the agent leaves SIGINT and SIGTERM to us.
     words = ["--signals-to-handle=SIGQUIT", *words]
+    if os.environ.get(PREFIX_VARIABLE) == NO_PREFIX:
+        words = ["--role=", *words]
     watch_signals()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -86,11 +121,21 @@ def main(arguments: list[str] | None = None) -> int:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic") or name == "torch.distributed.run":
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    options = parse_args(words)
+    if options.log_dir:
+        # Ranks write into files that are copied to our output: at once, not in blocks.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(line_buffering=True, errors="replace")
+    killed_before = oom_kills()
     try:
-        run(parse_args(words))
+        run(options)
     except ChildFailedError as error:
         ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
         code = exit_code(list(ended.values()))
+        node = os.environ.get("LEYDEN_NODE") or os.environ.get("SLURMD_NODENAME", "")
+        if code not in (2, 3, 75, 130):
+            keep_failures(error.failures, options.log_dir, node, oom_kills() - killed_before)
         if not _received and code not in (2, 3, 4, 75, 130):
             ranks = ", ".join(f"rank {rank}: {ended[rank]}" for rank in sorted(ended))
             print(f"error: the run failed (exit codes: {ranks}); see above", file=sys.stderr)

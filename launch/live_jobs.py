@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def _seconds_until(text: str, now: float) -> float | None:
 
 def ask_squeue(*filters: str) -> list[Job] | None:
     """Jobs that squeue lists; None where it is absent or does not answer."""
-    words = ["squeue", "--noheader", "--states=all", f"--format={_FORMAT}", *filters]
+    # --array: a line for each task that waits, too.
+    words = ["squeue", "--noheader", "--states=all", "--array", f"--format={_FORMAT}", *filters]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -81,20 +83,45 @@ ENDED = (
 
 
 def live_jobs(run: Path) -> list[Job] | None:
-    """Jobs of a run that run or wait, by its job name; None if Slurm cannot be asked."""
-    jobs = ask_squeue(f"--name={job_name(str(run))}")
-    return None if jobs is None else [job for job in jobs if job.state not in ENDED]
+    """Jobs of a run that run or wait, by its job names; None if Slurm cannot be asked."""
+    jobs = ask_squeue(f"--name={','.join(names_of(run))}")
+    return None if jobs is None else jobs_of(run, jobs)
+
+
+def names_of(run: Path) -> dict[str, set[str]]:
+    """Job name -> job ids of the run; an empty set where all jobs of the name are the run's.
+
+    The tasks of an array share their name, and each is another run.
+    """
+    names: dict[str, set[str]] = {job_name(str(run)): set()}
+    for one in read_submits(run):
+        if one.get("job_name"):
+            names.setdefault(one["job_name"], set()).update(one.get("job_ids", []))
+    return names
+
+
+def jobs_of(run: Path, jobs: Sequence[Job]) -> list[Job]:
+    """Those of `jobs` that belong to the run and have not ended."""
+    names = names_of(run)
+    return [
+        job
+        for job in jobs
+        if job.state not in ENDED
+        and job.name in names
+        and (not names[job.name] or job.job_id in names[job.name])
+    ]
 
 
 def read_lease(run: Path) -> dict[str, object]:
-    """The run's lease, {} if nobody holds it."""
-    try:
-        record = json.loads((run / "lease.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(record, dict) or holder_gone(record, time.time()):
-        return {}
-    return record
+    """The lease of the run's ranks, or of the front that starts them; {} if nobody holds one."""
+    for name in ("lease.json", "front.json"):
+        try:
+            record = json.loads((run / name).read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and not holder_gone(record, time.time()):
+            return record
+    return {}
 
 
 def refuse_if_live(run: Path) -> None:

@@ -38,6 +38,9 @@ def rank_logs(run: Path, attempt: int, rank: int) -> list[Path]:
     start = _start(run, attempt)
     nproc = int(start.get("NPROC", 0) or 0)
     nodes = sorted(start.get("nodes", []))
+    if nodes and "SLURM_JOB_ID" not in start and folder.is_dir():
+        # Of several nodes that `leyden train` started on, the first knows its own name only.
+        nodes = sorted(path.name for path in folder.iterdir())
     if not nproc or rank >= nproc * len(nodes):
         known = f"ranks 0 to {nproc * len(nodes) - 1}" if nproc else "none by rank"
         raise ConfigError(f"no log of rank {rank} in attempt {attempt} of {run} (there: {known})")
@@ -88,11 +91,14 @@ def main(arguments: list[str]) -> int:
         ended = options.follow and _over(run, attempt)
         if options.rank is None:
             paths = job_logs(run, attempt)
+            if not paths and "NPROC" in (started := _start(run, attempt)):
+                # Of `leyden train`: rank 0 speaks for all.
+                paths = [] if "SLURM_JOB_ID" in started else rank_logs(run, attempt, 0)
         else:
             paths = rank_logs(run, attempt, options.rank)
         if not paths and not options.follow:
             raise ConfigError(
-                f"attempt {attempt} of {run} has no such log: a run that `leyden train` started "
+                f"attempt {attempt} of {run} has no such log: a run that `torchrun` started "
                 "speaks on its terminal; a job that just started has not spoken yet"
             )
         copy_new(paths, seen)

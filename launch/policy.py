@@ -16,7 +16,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -25,14 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from dist.local_files import write_atomic
+from launch.failures import first_failure
+from launch.node_failures import EXCLUDE, exclude_failed_nodes, excluded, failed_nodes
 
 DONE, AGAIN, RETRY, NEVER = 0, 75, 76, 93
 MAX_CYCLES_WITHOUT_PROGRESS = 3
 MAX_FAILURES = 20
-EXCLUDE = "control/exclude"
+WAIT_FOR_WORD_S = 3.0
+"""Slurm ends the job first and says which node has failed a moment later; KillWait is longer."""
 _STEP = re.compile(r"step-(\d+)-a\d+")
-# A node in one of these states, or not answering (*), is not to be given work.
-_BAD_STATES = re.compile(r"DOWN|DRAIN|FAIL|ERROR|NOT_RESPONDING|\*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def committed_step(run: Path) -> int:
     return max((int(match[1]) for match in found if match), default=0)
 
 
-def read_ended(run: Path, attempt: int, rc: int) -> Ended:
+def read_ended(run: Path, attempt: int, rc: int, launch: str = "") -> Ended:
     """Everything that decide() needs, from the run's folder."""
     folder = run / "attempts" / str(attempt)
     outcome = _read(folder / "outcome.json")
@@ -116,7 +116,8 @@ def read_ended(run: Path, attempt: int, rc: int) -> Ended:
         end
         for number in range(attempt)
         if (end := _read(run / "attempts" / str(number) / "end.json"))
-        and end.get("submit") == _submit(run)
+        and end.get("submit") == (launch or _submit(run))
+        and not end.get("by_slurm")
     ]
     progress = [end["committed_end"] > end["committed_start"] for end in earlier]
     start = int(_read(folder / "start.json").get("committed", 0))
@@ -130,23 +131,31 @@ def read_ended(run: Path, attempt: int, rc: int) -> Ended:
     )  # fmt: skip
 
 
-def end(run: Path, attempt: int, rc: int, *, ending: bool) -> int:
-    """Judge an attempt, write attempts/<n>/end.json and say so in one line."""
-    ended = read_ended(run, attempt, rc)
+def end(run: Path, attempt: int, rc: int, *, ending: bool, launch: str = "") -> int:
+    """Judge an attempt, write attempts/<n>/end.json and say so in one line.
+
+    `launch` counts the attempts of one `leyden train` instead of those of the newest submit.
+    """
+    ended = read_ended(run, attempt, rc, launch)
     code, why = decide(ended)
-    if ending and code not in (DONE, NEVER):
+    by_slurm = ending and code not in (DONE, NEVER)
+    if by_slurm:
         # Slurm is ending the job: nobody's failure, and not ours to requeue.
-        print(f"attempt {attempt}: ended by Slurm ({status_of(ended)})", flush=True)
-        return AGAIN
+        code, why = AGAIN, f"ended by Slurm ({status_of(ended)})"
     record = {
         "rc": rc, "status": status_of(ended), "verdict": code, "why": why, "time": time.time(),
-        "drain": _drain_reason(run), "submit": _submit(run), "codes": list(ended.codes),
+        "drain": _drain_reason(run), "submit": launch or _submit(run), "codes": list(ended.codes),
         "committed_start": _read(run / "attempts" / str(attempt) / "start.json").get(
             "committed", 0
         ),
-        "committed_end": committed_step(run),
+        "committed_end": committed_step(run), "by_slurm": by_slurm,
+        "failed_nodes": failed_nodes(run, attempt),
+        "first_failure": first_failure(run / "attempts" / str(attempt)),
     }  # fmt: skip
     write_atomic(run / "attempts" / str(attempt) / "end.json", _json(record))
+    if by_slurm:
+        print(f"attempt {attempt}: {why}", flush=True)
+        return AGAIN
     said = {DONE: "done", AGAIN: "again", RETRY: "again", NEVER: "not again"}.get(code, "not again")
     print(f"attempt {attempt}: {said}: {why}", flush=True)
     return code
@@ -154,17 +163,9 @@ def end(run: Path, attempt: int, rc: int, *, ending: bool) -> int:
 
 def start(run: Path, attempt: int) -> int:
     """Write attempts/<n>/start.json; 75 if a node that failed under this run is among ours."""
-    names = (
-        *("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST", "SLURM_NTASKS"),
-        *("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "NPROC"),
-    )
-    slurm = {name: os.environ[name] for name in names if name in os.environ}
-    nodes = (run / "attempts" / str(attempt) / "nodes").read_text().split()
-    record = {"time": time.time(), "committed": committed_step(run), "submit": _submit(run)}
-    write_atomic(
-        run / "attempts" / str(attempt) / "start.json", _json({**record, **slurm, "nodes": nodes})
-    )
-    if attempt > 0 and not (run / "attempts" / str(attempt - 1) / "end.json").exists():
+    nodes = begin(run, attempt)
+    before = _read(run / "attempts" / str(attempt - 1) / "end.json") if attempt > 0 else {}
+    if attempt > 0 and (not before or before.get("by_slurm")):
         exclude_failed_nodes(run, attempt - 1)
     bad = sorted(set(excluded(run)) & set(nodes))
     if bad:
@@ -173,36 +174,22 @@ def start(run: Path, attempt: int) -> int:
     return 0
 
 
-def excluded(run: Path) -> list[str]:
-    """Nodes that failed under this run, one a line; a person may edit the file."""
-    try:
-        return (run / EXCLUDE).read_text().split()
-    except FileNotFoundError:
-        return []
-
-
-def exclude_failed_nodes(run: Path, attempt: int) -> None:
-    """Add those nodes of an attempt that Slurm says are down, drained or silent now."""
-    try:
-        nodes = (run / "attempts" / str(attempt) / "nodes").read_text().split()
-    except FileNotFoundError:
-        return
-    known = excluded(run)
-    bad = [node for node in nodes if node not in known and _BAD_STATES.search(_state(node))]
-    if bad:
-        print(f"attempt {attempt}: excluded from now on: {', '.join(bad)}", flush=True)
-        write_atomic(run / EXCLUDE, ("\n".join([*known, *bad]) + "\n").encode())
-
-
-def _state(node: str) -> str:
-    """Slurm's word for a node's state; '' if it cannot be asked."""
-    words = ["scontrol", "show", "node", "-o", node]
-    try:
-        said = subprocess.run(words, capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    found = re.search(r"\bState=(\S+)", said)
-    return found[1] if found else ""
+def begin(run: Path, attempt: int, *, launch: str = "", **facts: str) -> list[str]:
+    """Write attempts/<n>/start.json; returns the attempt's nodes."""
+    names = (
+        *("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST", "SLURM_NTASKS"),
+        *("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "NPROC"),
+    )
+    slurm = {name: os.environ[name] for name in names if name in os.environ}
+    nodes = (run / "attempts" / str(attempt) / "nodes").read_text().split()
+    record = {
+        "time": time.time(), "committed": committed_step(run), "submit": launch or _submit(run),
+    }  # fmt: skip
+    write_atomic(
+        run / "attempts" / str(attempt) / "start.json",
+        _json({**record, **slurm, **facts, "nodes": nodes}),
+    )
+    return nodes
 
 
 def sweep(run: str, attempt: str) -> int:
@@ -229,7 +216,12 @@ def sweep(run: str, attempt: str) -> int:
 
 
 def _submit(run: Path) -> str:
-    """Which `leyden submit` this job belongs to; a new one starts the counts afresh."""
+    """Which `leyden submit` this job belongs to; a new one starts the counts afresh.
+
+    Outside of Slurm (templates/torchrun.sh) the launch says so itself.
+    """
+    if os.environ.get("LEYDEN_LAUNCH_ID"):
+        return os.environ["LEYDEN_LAUNCH_ID"]
     submits = _read(run / "submit.json").get("submits") or [{}]
     return str(submits[-1].get("id", ""))
 
@@ -278,7 +270,7 @@ def main(arguments: Sequence[str]) -> int:
     if words[:1] == ["--start"]:
         return start(Path(words[1]), int(words[2]))
     if words[:1] == ["--nodes"]:
-        exclude_failed_nodes(Path(words[1]), int(words[2]))
+        exclude_failed_nodes(Path(words[1]), int(words[2]), wait_s=WAIT_FOR_WORD_S)
         return 0
     if words[:1] == ["--sweep"]:
         sweep(words[1], words[2])

@@ -145,8 +145,11 @@ class _Pump:
             thread.join(timeout=5)
 
 
-def run_child(argv: Sequence[str], *, env: Mapping[str, str] | None = None, title: str = "") -> int:
-    """Run `argv` to its end and return its exit code.
+def run_child(
+    argv: Sequence[str], *, env: Mapping[str, str] | None = None, title: str = "",
+    received: list[int] | None = None,
+) -> int:  # fmt: skip
+    """Run `argv` to its end and return its exit code; `received` gets the signals that came.
 
     `env` is added to this process's environment. With a `title`, and no terminal, a line is
     printed when the child has been silent for 9 s. An interrupted child that neither finished
@@ -179,6 +182,8 @@ def run_child(argv: Sequence[str], *, env: Mapping[str, str] | None = None, titl
             if pump:
                 pump.close()
     code = child.returncode
+    if received is not None:
+        received += forwarder.received
     if forwarder.received and code not in KEEPS_CODE:
         return 128 + forwarder.received[0]
     return 128 - code if code < 0 else code

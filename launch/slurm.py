@@ -17,6 +17,7 @@ from typing import Literal
 
 from dist.errors import ConfigError
 from launch.cluster_config import Cluster
+from launch.sweep import PLACE, Task, at
 
 TEMPLATE = Path(__file__).parent / "templates" / "train.sbatch"
 Chain = Literal["requeue", "singleton"]
@@ -50,6 +51,10 @@ class Request:
     """One srun task a rank instead of torchrun's agent on each node."""
     lead_s: int = LEAD_DEFAULT_S
     """Seconds before the time limit at which the job is told to stop."""
+    tasks: tuple[Task, ...] = ()
+    """Of a job array: each has its own run_dir and arguments; run_dir here holds {task}."""
+    at_once: int = 0
+    """Tasks of an array that may run at a time; 0: all."""
 
 
 def job_name(run_dir: str) -> str:
@@ -97,6 +102,7 @@ def request_lines(request: Request, cluster: Cluster) -> list[str]:
         "time": cluster.time_limit_min,
         "signal": f"B:USR1@{request.lead_s}",
         "exclude": ",".join(cluster.exclude),
+        "array": array_range(request),
         "open-mode": "append",
         "output": log_pattern(request.run_dir) or "/dev/null",
     }
@@ -114,9 +120,17 @@ def request_lines(request: Request, cluster: Cluster) -> list[str]:
     return [f"#SBATCH {line}" for line in lines]
 
 
+def array_range(request: Request) -> str:
+    """--array of the job; '' for a single run."""
+    last = len(request.tasks) - 1
+    limit = f"%{request.at_once}" if request.at_once else ""
+    return f"0-{last}{limit}" if request.tasks else ""
+
+
 def log_pattern(run_dir: str) -> str:
     """--output of the job; '' where Slurm would read the path differently (blanks, %, ...)."""
-    return f"{run_dir}/slurm-%j.out" if _PLAIN_PATH.fullmatch(run_dir) else ""
+    plain = _PLAIN_PATH.fullmatch(run_dir.replace(PLACE, ""))
+    return f"{at(run_dir, '%a')}/slurm-%j.out" if plain else ""
 
 
 def settings_lines(request: Request, cluster: Cluster) -> list[str]:
@@ -133,18 +147,35 @@ def settings_lines(request: Request, cluster: Cluster) -> list[str]:
         "CORES_PER_RANK": str(cluster.cpus_per_task),
         "JOIN_TIMEOUT_S": str(cluster.join_timeout_s),
     }
+    if request.tasks:
+        del settings["RUN_DIR"]
     lines = [f"{name}={quote(value)}" for name, value in settings.items()]
-    if log_pattern(request.run_dir):
-        lines.append("LOG=")
-    else:
-        lines.append(f'LOG={quote(request.run_dir + "/slurm-")}"$SLURM_JOB_ID.out"')
+    lines += [] if request.tasks else [_log_line(request, request.run_dir)]
     lines += [f"MODULE={'1' if module else ''}", f"TARGET={quote(request.target)}"]
-    lines += ["ARGUMENTS=("]
-    lines += [f"  {words}" for words in _by_option(request.arguments)]
-    lines += [")", "SETUP() {", "  :"]
+    lines += _task_lines(request) if request.tasks else _argument_lines(request.arguments)
+    lines += ["SETUP() {", "  :"]
     # Not indented: a here-document among them would change.
     lines += [line for one in cluster.setup for line in one.splitlines()]
     return [*lines, "}"]
+
+
+def _log_line(request: Request, run_dir: str) -> str:
+    log = quote(run_dir + "/slurm-") + '"$SLURM_JOB_ID.out"'
+    return "LOG=" + ("" if log_pattern(request.run_dir) else log)
+
+
+def _argument_lines(arguments: Sequence[str]) -> list[str]:
+    return ["ARGUMENTS=(", *(f"  {words}" for words in _by_option(arguments)), ")"]
+
+
+def _task_lines(request: Request) -> list[str]:
+    """RUN_DIR, LOG and ARGUMENTS of each task of an array."""
+    lines = ["case ${SLURM_ARRAY_TASK_ID:-none} in"]
+    for task in request.tasks:
+        lines += [f"{task.number})", f"RUN_DIR={quote(task.run_dir)}"]
+        lines += [_log_line(request, task.run_dir), *_argument_lines(task.arguments), ";;"]
+    return [*lines, '*) echo "error: no task $SLURM_ARRAY_TASK_ID in this array" >&2; exit 64 ;;',
+            "esac"]  # fmt: skip
 
 
 def quote(text: str) -> str:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist.errors import ConfigError
-from launch.live_jobs import ENDED, Job, ask_squeue, live_jobs, read_lease
-from launch.slurm import job_name
+from launch.live_jobs import Job, ask_squeue, jobs_of, live_jobs, read_lease
 from launch.submit_record import read_submits
 
 _TAIL_BYTES = 4096
@@ -55,7 +54,8 @@ def find_run(name: str, run_root: str) -> Path:
 
 
 def is_run(path: Path) -> bool:
-    return (path / "run.json").is_file() or (path / "submit.json").is_file()
+    # The folder of attempts alone: its ranks have not come as far as run.json.
+    return any((path / name).exists() for name in ("run.json", "submit.json", "attempts"))
 
 
 def list_runs(root: Path) -> list[Path]:
@@ -171,13 +171,7 @@ def list_text(root: Path) -> str:
     jobs: list[Job] | None = []
     if any((run / "submit.json").exists() for run in runs):
         jobs = ask_squeue("--me")
-    by_name: dict[str, list[Job]] = {}
-    for job in jobs or []:
-        if job.state not in ENDED:
-            by_name.setdefault(job.name, []).append(job)
-    found = [
-        stand(run, None if jobs is None else by_name.get(job_name(str(run)), [])) for run in runs
-    ]
+    found = [stand(run, None if jobs is None else jobs_of(run, jobs)) for run in runs]
     found.sort(key=lambda one: -one.changed)
     return table([["run", "status", "step", "attempts", "changed"], *(one.row() for one in found)])
 

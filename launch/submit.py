@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from launch.cluster_config import Cluster, load_cluster
 from launch.cluster_facts import measured
 from launch.lint import check_script, script_facts
 from launch.live_jobs import refuse_if_live
+from launch.nodes import NodeOptions
 from launch.slurm import Request, job_name, sbatch_text, signal_lead_s
 from launch.snapshot import Code, take_snapshot
 from launch.submit_record import Submit, add_submit, submitting
+from launch.sweep import Task, at, make_tasks, name_pattern, without_run
 from launch.train import find_target, fresh_name, replace_run, split_arguments
 
 CHAINS = ("requeue", "singleton")
@@ -39,11 +42,15 @@ def help_text() -> str:
         "  --srun-per-rank    one srun task a rank instead of torchrun's agent on each node\n"
         "  --run NAME         the run's folder; the run is known by it, never by a job id\n"
         "  --allow L09,...    submit although these checks refuse it\n"
+        "  --sweep KEY=V1,V2  a job array, each task a run of its own (NAME-0, NAME-1, ..., or\n"
+        "                     where NAME holds {task}); again for another key: all combinations\n"
+        "  --at-once N        tasks of the array that may run at a time (all)\n"
         "  --dry-run          print the script and what the checks say; submit nothing\n"
         "  --                 everything after it goes to the recipe, even the names above\n\n"
         "examples:\n"
         "  leyden submit pretrain --config 1b --data.url DATA --run first --cluster cluster.yaml\n"
         "  leyden submit pretrain --config 1b --run first --cluster cluster.yaml --dry-run\n"
+        "  leyden submit pretrain --config 1b --run a --cluster cluster.yaml --sweep seed=0,1,2\n"
     )
 
 
@@ -57,6 +64,8 @@ class Options:
     per_rank: bool = False
     allow: tuple[str, ...] = ()
     """Rules of the linter that only warn."""
+    sweeps: list[str] = field(default_factory=list)
+    at_once: int = 0
     rest: list[str] = field(default_factory=list)
 
 
@@ -72,7 +81,7 @@ def split_options(words: list[str]) -> Options:
             options.per_rank = True
             continue
         name, equals, value = word.partition("=")
-        if name not in ("--cluster", "--nodes", "--chain", "--allow"):
+        if name not in ("--cluster", "--nodes", "--chain", "--allow", "--sweep", "--at-once"):
             options.rest.append(word)
             continue
         if not equals and not left:
@@ -86,6 +95,10 @@ def split_options(words: list[str]) -> Options:
             options.nodes = int(value)
         elif name == "--allow":
             options.allow = tuple(value.split(","))
+        elif name == "--sweep":
+            options.sweeps.append(value)
+        elif name == "--at-once":
+            options.at_once = _positive("--at-once", value, "tasks")
         elif value not in CHAINS:
             raise ConfigError(
                 f"--chain {value!r} is neither of {', '.join(CHAINS)}{nearest(value, CHAINS)}"
@@ -117,6 +130,11 @@ def make_plan(words: list[str], cwd: Path) -> Plan:
         )
     cluster = load_cluster(Path(options.cluster))
     asked = split_arguments(options.rest)
+    if asked.nodes != NodeOptions() or asked.max_restarts:
+        raise ConfigError(
+            "--nnodes, --rdzv, ... and --max-restarts are leyden train's: here --nodes N says how "
+            "many, and the job finds its nodes and its restarts by itself"
+        )
     passed = list(asked.passed)
     is_file = target.endswith(".py")
     root = asked.run_root
@@ -132,11 +150,18 @@ def make_plan(words: list[str], cwd: Path) -> Plan:
         passed, name = replace_run(passed, name, new), new
     if ":" in name + root:
         raise ConfigError(f"a run's path cannot hold a colon, which PYTHONPATH splits at: {name}")
-    run_dir = Path(os.path.abspath(cwd / (name if "/" in name else f"{root}/{name}")))
+    tasks: tuple[Task, ...] = ()
+    if options.sweeps:
+        if asked.fresh or options.chain == "singleton":
+            raise ConfigError("--sweep goes with neither --fresh nor --chain singleton")
+        passed, tasks = array_of(options.sweeps, passed, name, cwd, root)
+        name = name_pattern(name)
+    run_dir = Path(folder_of(cwd, root, name))
     nproc = cluster.gpus_per_node or 1
     if asked.nproc != "auto":
         nproc = _positive("--nproc", asked.nproc)
-    code = take_snapshot(run_dir, Path(target) if is_file else None)
+    # The tasks of an array share one snapshot, in a folder beside theirs.
+    code = take_snapshot(Path(at(str(run_dir), "all")), Path(target) if is_file else None)
     times = measured(run_dir)
     request = Request(
         target=code.target or target,
@@ -150,11 +175,32 @@ def make_plan(words: list[str], cwd: Path) -> Plan:
         chain="singleton" if options.chain == "singleton" else "requeue",
         per_rank=options.per_rank,
         lead_s=cluster.lead_s or signal_lead_s(times["save_p99_s"], times["step_p99_s"]),
+        tasks=tasks,
+        at_once=options.at_once,
     )
     return Plan(
         request=request, cluster=cluster, code=code, dry_run=asked.dry_run,
         allow=options.allow,
     )  # fmt: skip
+
+
+def array_of(
+    sweeps: list[str], passed: list[str], name: str, cwd: Path, root: str
+) -> tuple[list[str], tuple[Task, ...]]:
+    """The arguments that all tasks of a sweep share, and the tasks."""
+    pattern = name_pattern(name)
+    given = "--run" in {word.partition("=")[0] for word in passed}
+    shared = without_run(passed, name)
+    tasks = make_tasks(
+        sweeps, run_dir=folder_of(cwd, root, pattern), arguments=shared,
+        run_words=["--run", pattern] if given else [],
+    )  # fmt: skip
+    return shared, tasks
+
+
+def folder_of(cwd: Path, root: str, name: str) -> str:
+    """Absolute folder of a run, as the recipes find it."""
+    return os.path.abspath(cwd / (name if "/" in name else f"{root}/{name}"))
 
 
 def default_name(target: str) -> str:
@@ -165,9 +211,10 @@ def default_name(target: str) -> str:
     return f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _positive(flag: str, text: str) -> int:
+def _positive(flag: str, text: str, what: str = "ranks") -> int:
     if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"{flag} {text!r} is not a number of ranks: give 1, 2, ... or auto")
+        auto = " or auto" if what == "ranks" else ""
+        raise ConfigError(f"{flag} {text!r} is not a number of {what}: give 1, 2, ...{auto}")
     return int(text)
 
 
@@ -185,22 +232,32 @@ def sbatch(script: Path, cwd: Path) -> str:
 
 
 def submit(plan: Plan, text: str, words: list[str]) -> list[str]:
-    """Write the snapshot, the script and the record, and submit; returns the job ids."""
-    request, run_dir = plan.request, Path(plan.request.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with submitting(run_dir):
-        refuse_if_live(run_dir)
+    """Write the snapshot, the script and the records, and submit; returns the job ids.
+
+    Of an array there is one id, and task k's run has ID_k.
+    """
+    request = plan.request
+    name = job_name(request.run_dir) if request.tasks else ""
+    record = Submit.new(words=words, cwd=request.work_dir, code=plan.code, text=text, job_name=name)
+    records = {Path(task.run_dir): replace(record, values=task.values) for task in request.tasks}
+    records = records or {Path(request.run_dir): record}
+    with ExitStack() as stack:
+        for run_dir in records:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(submitting(run_dir))
+            refuse_if_live(run_dir)
         plan.code.write()
-        record = Submit.new(words=words, cwd=request.work_dir, code=plan.code, text=text)
-        script = add_submit(run_dir, record, text)
+        scripts = [add_submit(run_dir, one, text) for run_dir, one in records.items()]
         count = plan.cluster.chain_jobs if request.chain == "singleton" else 1
         ids: list[str] = []
         try:
             for _ in range(count):
-                ids.append(sbatch(script, Path(request.work_dir)))
+                ids.append(sbatch(scripts[0], Path(request.work_dir)))
         finally:
             # Also when the second of a chain is refused: the first one runs.
-            add_submit(run_dir, replace(record, job_ids=tuple(ids)), text)
+            for number, (run_dir, one) in enumerate(records.items()):
+                own = [f"{job}_{number}" for job in ids] if request.tasks else ids
+                add_submit(run_dir, replace(one, job_ids=tuple(own)), text)
     return ids
 
 
@@ -226,6 +283,12 @@ def main(arguments: list[str]) -> int:
         return 0
     ids = submit(plan, text, arguments)
     name = job_name(plan.request.run_dir)
+    if plan.request.tasks:
+        print(f"submitted {len(plan.request.tasks)} runs as job {ids[0]} ({name})")
+        for task in plan.request.tasks:
+            print(f"  {task.run_dir}: {', '.join(task.values)}")
+        print(f"see: leyden status    leyden status {plan.request.tasks[0].run_dir}")
+        return 0
     print(f"submitted {plan.request.run_dir} as job {', '.join(ids)} ({name})")
     print(f"see: leyden status {plan.request.run_dir}    leyden logs {plan.request.run_dir}")
     return 0

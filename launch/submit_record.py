@@ -37,12 +37,18 @@ class Submit:
     user: str
     host: str
     job_ids: tuple[str, ...] = ()
+    job_name: str = ""
+    """Of an array, whose tasks share it; '' for the name that the run's folder gives."""
+    values: tuple[str, ...] = ()
+    """KEY=VALUE that a sweep gives this run."""
 
     @classmethod
-    def new(cls, *, words: list[str], cwd: str, code: Code, text: str) -> Submit:
+    def new(
+        cls, *, words: list[str], cwd: str, code: Code, text: str, job_name: str = ""
+    ) -> Submit:  # fmt: skip
         """A record of this moment."""
         return cls(
-            id=time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6],
+            job_name=job_name, id=time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6],
             time=time.time(), arguments=tuple(words), cwd=cwd, code=code.path,
             commit=code.commit, dirty=code.dirty, user=getpass.getuser(),
             host=socket.gethostname(),

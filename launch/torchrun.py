@@ -11,6 +11,9 @@ from dist.errors import ConfigError
 
 AGENT = "launch.agent"
 TORCHRUN = "torch.distributed.run"
+# Without the address ranks look for each other under this machine's name, and wait for five
+# minutes where it does not resolve (containers, laptops off the network).
+STANDALONE = ("--standalone", "--local-addr=127.0.0.1")
 
 
 def torchrun_argv(
@@ -20,17 +23,18 @@ def torchrun_argv(
     nproc: int,
     python: str = sys.executable,
     launcher: str = TORCHRUN,
+    meeting: Sequence[str] = STANDALONE,
+    more: Sequence[str] = (),
 ) -> list[str]:
     """The words of the command that runs `target` on `nproc` ranks of this machine.
+
+    `meeting` says where several nodes meet (launch/nodes.py); `more` are options of torchrun.
 
     `target` is a module ("recipes.pretrain") or a path that ends in .py. `--standalone` takes a
     free port, so two runs on one machine never meet. `launcher` is torchrun's module, or our
     agent: the same program and the same arguments, with signals and exit codes kept.
     """
-    # Without the address ranks look for each other under this machine's name, and wait for five
-    # minutes where it does not resolve (containers, laptops off the network).
-    options = ["--standalone", "--local-addr=127.0.0.1"]
-    options += [f"--nproc-per-node={nproc}", "--max-restarts=0"]
+    options = [*meeting, f"--nproc-per-node={nproc}", "--max-restarts=0", *more]
     if not target.endswith(".py"):
         options.append("-m")
     # Without `--` torchrun reads the recipe's options too, and refuses `--run` as an ambiguous

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,18 @@ from pathlib import Path
 
 from dist.errors import ConfigError
 from launch.cli import nearest
+from launch.nodes import NodeOptions, Nodes, find_nodes
 from launch.processes import command_text, run_child
+from launch.restarts import MAX_RESTARTS, Launch, follow, is_own_folder, lead
 from launch.rooms import ROOT
-from launch.torchrun import AGENT, num_gpus, parse_nproc, torchrun_argv, torchrun_env
+from launch.torchrun import AGENT, STANDALONE, num_gpus, parse_nproc, torchrun_argv, torchrun_env
 
 # Files of recipes with a main of their own that train nothing: verbs of their own start them.
 NOT_TRAINING = ("evaluate", "export", "generate", "plan")
-RUN_VARIABLE = "LEYDEN_RUN"
+_NODE_WORDS = {
+    "--nnodes": "nnodes", "--rdzv": "rdzv", "--rdzv-id": "rdzv_id", "--node-rank": "node_rank",
+    "--local-addr": "local_addr", "--join-timeout": "join_timeout",
+}  # fmt: skip
 
 
 def recipes() -> dict[str, str]:
@@ -40,19 +46,31 @@ def help_text() -> str:
     lines = "\n".join(f"  {name:<18} {what}" for name, what in recipes().items())
     return (
         "usage: leyden train RECIPE [--nproc N] [--fresh] [--dry-run] [--config NAME] [--key v ...]"
-        "\n       leyden train path/to/mine.py [--nproc N] [--dry-run] [ARGUMENT ...]\n\n"
-        "Runs a recipe under torchrun on this machine; all other arguments go to the recipe as\n"
-        "they are (`leyden train RECIPE --help` lists its keys).\n\n"
+        "\n       leyden train path/to/mine.py [--nproc N] [--dry-run] [ARGUMENT ...]\n"
+        "       on each of N nodes: leyden train RECIPE --nnodes N --rdzv HOST:PORT ...\n\n"
+        "Runs a recipe under torchrun; all other arguments go to the recipe as they are\n"
+        "(`leyden train RECIPE --help` lists its keys).\n\n"
         "  --nproc N    ranks: a number, or auto (default) = one for each GPU, 1 without a GPU\n"
         "  --run NAME   the run's folder, runs/NAME; a run that exists is resumed\n"
         "  --fresh      with --run: start another run (NAME-2, ...) and leave the old one alone\n"
+        "  --max-restarts N  with --run: after a crash, a hang or a killed rank go on from the\n"
+        f"               newest checkpoint, at most N times (default {MAX_RESTARTS}, and 0 for a\n"
+        "               file of your own); three without a new checkpoint end the run (93)\n"
         "  --dry-run    print the exact command and start nothing\n"
         "  --           everything after it goes to the recipe, even the names above\n\n"
+        "several nodes, without Slurm (the same command on each; --run on a shared file system):\n"
+        "  --nnodes N|MIN:MAX   nodes of the run\n"
+        "  --rdzv HOST:PORT     the first node as the others know it, and a free port of it\n"
+        "  --node-rank K        0 on the first node; found by HOST's address if left out\n"
+        "  --local-addr ADDR    this node's address, where the one towards HOST is not it\n"
+        "  --rdzv-id NAME       instead of one made of the run's folder\n"
+        "  --join-timeout S     how long nodes wait for each other (300)\n\n"
         f"recipes:\n{lines}\n\n"
         "examples:\n"
         "  leyden train pretrain --config tiny --nproc 2 --data.url data/quickstart/dataset\n"
         "  leyden train pretrain --config tiny --run first --max_steps 200\n"
         "  leyden train pretrain --config tiny --run first --dry-run\n"
+        "  leyden train pretrain --config 124m --run first --nnodes 2 --rdzv 10.0.0.1:29500\n"
     )
 
 
@@ -67,6 +85,8 @@ class Request:
     """Value of --run, which stays among `passed`."""
     run_root: str = "runs"
     """Value of --run_root, likewise."""
+    max_restarts: str = ""
+    nodes: NodeOptions = field(default_factory=NodeOptions)
     passed: list[str] = field(default_factory=list)
     """Arguments of the recipe, byte for byte and in order."""
 
@@ -94,6 +114,15 @@ def split_arguments(words: Sequence[str]) -> Request:
             request.nproc = left.pop(0)
         elif word.startswith("--nproc="):
             request.nproc = word.removeprefix("--nproc=")
+        elif word.partition("=")[0] in ("--max-restarts", *_NODE_WORDS):
+            name, equals, value = word.partition("=")
+            if not equals and not left:
+                raise ConfigError(f"{name} needs a value; leyden train --help shows one")
+            value = value if equals else left.pop(0)
+            if name == "--max-restarts":
+                request.max_restarts = value
+            else:
+                setattr(request.nodes, _NODE_WORDS[name], value)
         else:
             request.passed.append(word)
     for name in ("run", "run_root"):
@@ -176,15 +205,46 @@ def main(arguments: list[str], title: str = "") -> int:
         fresh = fresh_name(request.run, root)
         passed = replace_run(passed, request.run, fresh)
         request.run = fresh
+    run = os.path.abspath(run_folder(request.run, request.run_root)) if request.run else ""
+    nodes = find_nodes(request.nodes, run=run, target=target, only_text=request.dry_run)
+    restarts = parse_max_restarts(request.max_restarts, target)
     env = torchrun_env(nproc, os.environ, len(os.sched_getaffinity(0)))
-    shown = command_text(torchrun_argv(target, passed, nproc=nproc), env)
+    meeting = nodes.options() if nodes else STANDALONE
+    shown = command_text(torchrun_argv(target, passed, nproc=nproc, meeting=meeting), env)
     if request.dry_run:
         print(shown)
         return 0
     print(f"$ {shown}", file=sys.stderr, flush=True)
-    if request.run:
-        # By this, whatever a run left behind can be told from other runs' processes.
-        env = {**env, RUN_VARIABLE: os.path.abspath(run_folder(request.run, request.run_root))}
-    return run_child(
-        torchrun_argv(target, passed, nproc=nproc, launcher=AGENT), env=env, title=title
-    )
+    env["LEYDEN_NUM_RANKS"] = nodes.num_ranks(nproc) if nodes else str(nproc)
+
+    def start(more: list[str], settings: dict[str, str]) -> tuple[int, bool]:
+        argv = torchrun_argv(
+            target, passed, nproc=nproc, launcher=AGENT, meeting=meeting, more=more
+        )  # fmt: skip
+        signals: list[int] = []
+        return run_child(argv, env={**env, **settings}, title=title, received=signals), bool(
+            signals
+        )
+
+    if restarts is None or not is_own_folder(run):
+        return start([], {"LEYDEN_RUN": run} if run else {})[0]
+    launch = Launch(
+        run=Path(run), node=node_name(nodes), nproc=nproc, max_restarts=restarts, start=start,
+        own_file=target.endswith(".py"), several=nodes is not None,
+        join_timeout_s=nodes.join_timeout_s if nodes else 0.0,
+    )  # fmt: skip
+    return lead(launch) if nodes is None or nodes.is_host else follow(launch)
+
+
+def parse_max_restarts(text: str, target: str) -> int | None:
+    """How often a run may be started again; None for a user's own file that does not say."""
+    if not text:
+        return None if target.endswith(".py") else MAX_RESTARTS
+    if not text.isdigit():
+        raise ConfigError(f"--max-restarts {text!r} is not a number: give 0, 1, 2, ...")
+    return int(text)
+
+
+def node_name(nodes: Nodes | None) -> str:
+    """Of this node among the run's: how the others reach it, or this machine's name."""
+    return nodes.local_addr if nodes else socket.gethostname()

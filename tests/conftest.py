@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Settings of the person who runs the tests that would change what the tests see.
 _LEAKS = (
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LEYDEN_LAUNCH"),
-    *("LEYDEN_RUN_DIR", "LEYDEN_ATTEMPT"),
+    *("LEYDEN_RUN_DIR", "LEYDEN_ATTEMPT", "LEYDEN_RUN", "LEYDEN_NODE", "LEYDEN_NUM_RANKS"),
 )
 
 

@@ -1,6 +1,6 @@
 """Slurm's commands as small scripts on PATH, with states that a test sets: no daemon needed.
 
-    squeue      prints the lines of state/squeue whose last field is the --name that was asked
+    squeue      prints the lines of state/squeue whose last field is among the --name that was asked
     sbatch      logs its words, prints 101, 102, ...; state/sbatch.error makes it refuse
     scancel     logs its words
     scontrol    show hostnames: the nodes of state/nodes; show node: state/node-NAME; show config:
@@ -29,14 +29,16 @@ _SCRIPTS = {
 for word; do case $word in --name=*) wanted=${word#--name=} ;; esac; done
 [ -e "$FAKE_SLURM/squeue" ] || exit 0
 while IFS= read -r line; do
-  [ -z "${wanted:-}" ] || [ "${line##*|}" = "$wanted" ] && printf '%s\\n' "$line"
+  [[ -z "${wanted:-}" || ",$wanted," == *",${line##*|},"* ]] && printf '%s\\n' "$line"
 done < "$FAKE_SLURM/squeue"
 exit 0
 """,
     "scontrol": """
 case "$1 ${2:-}" in
   "show hostnames") cat "$FAKE_SLURM/nodes" ;;
-  "show node") cat "$FAKE_SLURM/node-${@: -1}" ;;
+  "show node")
+    IFS=, read -ra names <<< "${@: -1}"
+    for name in "${names[@]}"; do cat "$FAKE_SLURM/node-$name"; done ;;
   "show config") cat "$FAKE_SLURM/config" ;;
   "show partition") cat "$FAKE_SLURM/partition" ;;
 esac 2>/dev/null

@@ -26,12 +26,16 @@ STARTS_WITHIN_S = 150.0
 class SlurmRun:
     """One run: its folder `runs/NAME` in `work`, its job, its processes."""
 
-    def __init__(self, cluster: Cluster, work: Path, url: str, name: str = "run") -> None:
+    def __init__(
+        self, cluster: Cluster, work: Path, url: str, name: str = "run", *, steps: int = STEPS
+    ) -> None:  # fmt: skip
         self.cluster, self.work, self.name = cluster, work, name
         self.folder = work / "runs" / name
         work.mkdir(parents=True, exist_ok=True)
         (work / "cluster.yaml").write_text("nodes: 2\ncpus_per_task: 1\ntime_limit_min: 20\n")
-        (work / "small.yaml").write_text(to_yaml(config(url, Path("x"), **CHANGES)))
+        (work / "small.yaml").write_text(
+            to_yaml(config(url, Path("x"), **{**CHANGES, "max_steps": steps}))
+        )
         self.job = ""
 
     def leyden(self, *words: str) -> subprocess.CompletedProcess[str]:

@@ -95,6 +95,9 @@ def test_a_stopped_rank_is_named_by_the_others(dataset: Dataset, tmp_path: Path)
         world.signal(1, signal.SIGSTOP)
         world.processes[0].join(ENDS_WITHIN_S)
         assert world.processes[0].exitcode == 1, world.said(0)
+        # Left stopped, it would not end by torchrun's SIGTERM, which waits 30 s for it.
+        world.processes[1].join(10.0)
+        assert world.processes[1].exitcode == -signal.SIGKILL
     assert_named(folder, 1, "no heartbeat")
 
 

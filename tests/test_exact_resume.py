@@ -285,7 +285,7 @@ def command(launcher: list[str], url: str, folder: Path) -> list[str]:
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
 TORCHRUN += ["--nproc-per-node=2", "-m", "--", "recipes.pretrain"]
-LEYDEN = ["launch.cli", "train", "pretrain", "--nproc", "2"]
+LEYDEN = ["launch.cli", "train", "pretrain", "--nproc", "2", "--max-restarts", "0"]
 
 
 def wait_until(true: Any, timeout_s: float, what: str) -> None:

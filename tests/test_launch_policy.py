@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,8 @@ def test_what_slurm_ends_is_nobodys_failure(tmp_path: Path) -> None:
         (folder / "nodes").write_text("r1\n")
         policy.start(job.run, number)
         assert policy.end(job.run, number, 143, ending=True) == AGAIN
-        assert not (folder / "end.json").exists()
+        assert json.loads((folder / "end.json").read_text())["by_slurm"]
+    assert job.attempt(4) == RETRY, "the first failure of its own"
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,47 @@ def test_failed_nodes_are_excluded(
     # Attempt 0 was ended from outside: it left no end.json.
     assert policy.start(run, 1) == (AGAIN if bad else 0)
     assert policy.excluded(run) == (["r2"] if bad else [])
+
+
+NOW, LATER = time.time(), time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 7200))
+EARLIER = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(NOW - 600))
+
+
+@pytest.mark.parametrize(
+    ("shown", "srun", "why"),
+    [
+        (f"State=IDLE BootTime={EARLIER}", "", None),
+        (f"State=IDLE BootTime={LATER}", "", f"booted at {LATER}"),
+        (f"State=IDLE Reason=bad disk [root@{LATER}]", "", "reason 'bad disk'"),
+        (f"State=IDLE Reason=bad disk [root@{EARLIER}]", "", None),
+        ("State=IDLE", "srun: error: Node failure on r2\n", "srun: node failure"),
+        # What a rank prints is in another file; a name that begins alike is another node.
+        ("State=IDLE", "srun: error: Node failure on r22\n", None),
+        ("State=IDLE", "srun: error: r2: task 1: Killed\n", None),
+    ],
+    ids=["old boot", "booted", "reason", "old reason", "srun", "other node", "task"],
+)
+def test_a_failed_node_that_is_back_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: str, srun: str, why: str | None
+) -> None:
+    """A node that reboots in a minute, or whose slurmd returns in 40 ms, looks healthy to who
+    asks for its state: the run lands on it again, attempt after attempt."""
+    fake = FakeSlurm(tmp_path)
+    fake.install(monkeypatch)
+    fake.set("node-r1", "NodeName=r1 State=IDLE\n")
+    fake.set("node-r2", f"NodeName=r2 {shown} CPUTot=2\n")
+    job = Job(tmp_path / "run")
+    folder = job.run / "attempts" / "0"
+    (folder / "ended").mkdir(parents=True)
+    (folder / "nodes").write_text("r1\nr2\n")
+    assert policy.start(job.run, 0) == 0
+    (folder / "srun.log").write_text(srun)
+    monkeypatch.setattr(policy, "WAIT_FOR_WORD_S", 0.3)
+    assert policy.main(["--nodes", str(job.run), "0"]) == 0
+    assert policy.excluded(job.run) == (["r2"] if why else [])
+    policy.end(job.run, 0, 143, ending=True)
+    end = json.loads((folder / "end.json").read_text())
+    assert end["failed_nodes"] == ({"r2": why} if why else {})
 
 
 def test_sweep_ends_what_earlier_attempts_left(tmp_path: Path) -> None:

@@ -133,6 +133,34 @@ def test_time_limit(slurm: Cluster, dataset: Dataset, untouched: Path, tmp_path:
     assert_same_run(run.folder, untouched)
 
 
+def test_array(slurm: Cluster, dataset: Dataset, tmp_path: Path) -> None:
+    """One job array of two runs: a requeue of one task that takes the other along, attempts or a
+    lease that they share, a status that shows one task's job for both."""
+    array = SlurmRun(slurm, tmp_path, dataset.storage.url, "sweep")
+    (tmp_path / "cluster.yaml").write_text("nodes: 1\ncpus_per_task: 1\ntime_limit_min: 20\n")
+    array.submit(slow(array, 0.05), "--sweep", "seed=0,1", "--max_steps", "60")
+    runs = [SlurmRun(slurm, tmp_path, dataset.storage.url, f"sweep-{k}") for k in (0, 1)]
+    for number, run in enumerate(runs):
+        run.job = f"{array.job}_{number}"
+        run.wait_steps(0, 4)
+    slurm.command("scancel", "--signal=USR1", "--batch", runs[1].job)
+    wait_for(lambda: runs[1].read("attempts/0/end.json"), 60, f"drained: {runs[1].said()}")
+    runs[1].assert_gone(0)
+    runs[1].wait_steps(1, 1)
+    listed = array.leyden("status").stdout
+    assert f"job {runs[1].job} running" in listed, listed
+    assert "from step" in runs[1].leyden("logs", "sweep-1", "--rank", "0").stdout
+    for number, run in enumerate(runs):
+        run.wait_ended("COMPLETED", 300)
+        steps = [line["step"] for line in run.lines("consumed.jsonl")]
+        assert steps == list(range(60)), "each step once"
+        assert run.read("run.json")["config"]["seed"] == number
+        run.assert_gone(number)
+    assert (runs[0].folder / "attempts" / "1").exists() is False
+    assert len({run.read("run.json")["run_id"] for run in runs}) == 2
+    print(f"array: task 1 stopped at {runs[1].read('attempts/0/outcome.json')['step']}")
+
+
 def test_soak(slurm: Cluster, dataset: Dataset, tmp_path: Path) -> None:
     """Ten minutes, a kill 30 s after each first step: what is left behind adds up, and so do lost
     steps. Goodput against 1 - (C/2 * step + restart) / MTBF, all but C measured."""

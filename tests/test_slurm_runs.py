@@ -15,11 +15,13 @@ from dist.dataset import Dataset
 from tests.make_dataset import write_dataset
 from tests.rank_processes import train
 from tests.slurm_cluster import Cluster, wait_for
-from tests.slurm_runs import CHANGES, SAVE_EVERY, STEPS, SlurmRun
+from tests.slurm_runs import CHANGES, SAVE_EVERY, SlurmRun
 from tests.test_exact_resume import assert_same_run
 
 # On a machine where others compute too a start takes a minute instead of 15 s.
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+STEPS = 60
+SHORT = {**CHANGES, "max_steps": STEPS}
 
 # The real recipe; each rank also writes down the steps that it completes.
 RECORDED = """\
@@ -57,7 +59,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def untouched(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody stops, without Slurm."""
     folder = tmp_path_factory.mktemp("untouched") / "run"
-    assert train(dataset.storage.url, folder, 4, CHANGES, timeout_s=200.0) == [0] * 4
+    assert train(dataset.storage.url, folder, 4, SHORT, timeout_s=200.0) == [0] * 4
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untouched_2(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on two ranks, one a node: starting two costs half of four."""
+    folder = tmp_path_factory.mktemp("untouched") / "run"
+    assert train(dataset.storage.url, folder, 2, SHORT, timeout_s=200.0) == [0] * 2
     return folder
 
 
@@ -66,10 +76,10 @@ def test_drain_requeue_and_go_on(
 ) -> None:
     """USR1 to the batch shell, as before a time limit: ranks that stop at steps of their own, a
     step done twice, a requeue before the checkpoint is durable, another code than was submitted."""
-    run = SlurmRun(slurm, tmp_path, dataset.storage.url)
+    run = SlurmRun(slurm, tmp_path, dataset.storage.url, steps=STEPS)
     own = tmp_path / "recorded.py"
     own.write_text(RECORDED)
-    run.submit("recorded.py")
+    run.submit("recorded.py", "--log.to", '["tensorboard"]')
     own.write_text("raise SystemExit('the copy of the submit must run, not this')\n")
     run.wait_steps(0, 12)
     second = run.try_submit("recorded.py")
@@ -94,6 +104,10 @@ def test_drain_requeue_and_go_on(
     assert slurm.job(run.job)["ExitCode"] == "0:0"
     assert_same_run(run.folder, untouched)
     run.assert_gone(1)
+    # One identity over the requeue: one curve, under the run's own id.
+    run_id = run.read("run.json")["run_id"]
+    assert run.read("loggers.json") == {"tensorboard": run_id}
+    assert [path.name for path in (run.folder / "loggers/tensorboard").iterdir()] == [run_id]
     status = run.leyden("status", "run").stdout
     assert "run: completed" in status and "stopped on request" in status, status
     assert "recorded.py" not in run.leyden("logs", "run").stdout
@@ -102,14 +116,13 @@ def test_drain_requeue_and_go_on(
 
 
 def test_killed_processes(
-    slurm: Cluster, dataset: Dataset, untouched: Path, tmp_path: Path
+    slurm: Cluster, dataset: Dataset, untouched_2: Path, tmp_path: Path
 ) -> None:
-    """kill -9 of a rank, of rank 0, and of the agent that hosts the store, one after the other in
-    one run: a hang, an orphan that keeps the GPU, more than one interval lost, a wrong bit."""
-    run = SlurmRun(slurm, tmp_path, dataset.storage.url)
-    run.submit()
-    kills = {"rank 3": lambda: run.rank(3), "rank 0": lambda: run.rank(0)}
-    kills["agent of r1"] = lambda: run.agent("r1")
+    """kill -9 of a rank, and of the agent that hosts the store (rank 0 goes with it), in one run: a
+    hang, an orphan that keeps the GPU, more than one interval lost, a wrong bit."""
+    run = SlurmRun(slurm, tmp_path, dataset.storage.url, steps=STEPS)
+    run.submit("pretrain", "--nproc", "1")
+    kills = {"rank 1": lambda: run.rank(1), "agent of r1": lambda: run.agent("r1")}
     for attempt, (name, find) in enumerate(kills.items()):
         run.wait_steps(attempt, SAVE_EVERY + 4)
         before = time.time()
@@ -120,48 +133,50 @@ def test_killed_processes(
         assert end["verdict"] == 76 and end["committed_end"] > end["committed_start"], end
         print(f"{name}: told after {end['time'] - before:.1f} s")
     run.wait_ended("COMPLETED")
+    assert run.read("attempts/0/end.json")["first_failure"]["rank"] == 1, "the rank that was killed"
     for attempt in range(len(kills)):
         lost = run.steps_of(attempt)[-1] + 1 - run.steps_of(attempt + 1)[0]
         # The newest save may have been under way.
         assert 0 <= lost <= 2 * SAVE_EVERY, (attempt, lost)
-    assert_same_run(run.folder, untouched)
+    assert_same_run(run.folder, untouched_2)
     run.assert_gone(len(kills))
 
 
 def test_batch_shell_killed_then_a_node_lost(
-    slurm: Cluster, dataset: Dataset, untouched: Path, tmp_path: Path
+    slurm: Cluster, dataset: Dataset, untouched_2: Path, tmp_path: Path
 ) -> None:
     """Nobody is left to requeue: a second submit must go on. Then a node fails: Slurm requeues,
     and the run must not land on that node again."""
-    run = SlurmRun(slurm, tmp_path, dataset.storage.url)
-    run.submit()
+    run = SlurmRun(slurm, tmp_path, dataset.storage.url, steps=STEPS)
+    run.submit("pretrain", "--nproc", "1")
     run.wait_steps(0, SAVE_EVERY + 4)
     run.kill(run.batch_shell())
     run.wait_ended("FAILED", 60)
     run.assert_gone(0)
     assert ", resumable" in run.leyden("status", "run").stdout
-    run.submit()
+    run.submit("pretrain", "--nproc", "1")
     run.wait_steps(1, SAVE_EVERY + 4)
     try:
+        # Back at once, as after a reboot or with ReturnToService=2: its state tells nothing.
         slurm.command("scontrol", "update", "nodename=r2", "state=down", "reason=test")
+        slurm.command("scontrol", "update", "nodename=r2", "state=resume")
         run.assert_gone(1)
         run.wait_steps(2, 1)
-        # It comes back while the run goes on; the run still avoids it.
-        slurm.resume_nodes()
         assert "r2" not in (run.folder / "attempts/2/nodes").read_text().split()
         assert (run.folder / "control/exclude").read_text().split() == ["r2"]
         assert slurm.job(run.job)["ExcNodeList"] == "r2"
+        assert "node failure" in run.read("attempts/1/failed_nodes")["r2"]
         run.wait_ended("COMPLETED")
     finally:
         slurm.resume_nodes()
     assert run.steps_of(1)[-1] + 1 - run.steps_of(2)[0] <= 2 * SAVE_EVERY
-    assert_same_run(run.folder, untouched)
+    assert_same_run(run.folder, untouched_2)
     run.assert_gone(2)
 
 
 def test_crash_loop_ends(slurm: Cluster, dataset: Dataset, tmp_path: Path) -> None:
     """A bug that is there in every attempt would be requeued until somebody looks."""
-    run = SlurmRun(slurm, tmp_path, dataset.storage.url)
+    run = SlurmRun(slurm, tmp_path, dataset.storage.url, steps=STEPS)
     (tmp_path / "broken.py").write_text("raise RuntimeError('broken in every attempt')\n")
     run.submit("broken.py", "--srun-per-rank", recipe=False)
     run.wait_ended("FAILED", 120)
@@ -174,7 +189,7 @@ def test_crash_loop_ends(slurm: Cluster, dataset: Dataset, tmp_path: Path) -> No
 
 def test_one_task_a_rank(slurm: Cluster, dataset: Dataset, tmp_path: Path) -> None:
     """srun-per-rank: ranks that take each other's number, or a cancel that loses what was done."""
-    run = SlurmRun(slurm, tmp_path, dataset.storage.url)
+    run = SlurmRun(slurm, tmp_path, dataset.storage.url, steps=STEPS)
     run.submit("pretrain", "--srun-per-rank")
     run.wait_steps(0, 8)
     said = run.leyden("cancel", "run", "--drain")
