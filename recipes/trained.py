@@ -26,7 +26,7 @@ from dist.model_folder import read_record as read_leyden_json
 from dist.run_dir import RunDir
 from dist.tokenizer import tokenizer_digest
 from dist.url_path import Place
-from recipes import llama
+from recipes import llama, tuned
 
 Config = TypeVar("Config")
 STANDARD_ATTENTION = "sdpa"
@@ -210,11 +210,17 @@ def load_spread(
     ).eval()
 
 
-def load_run(trained: Trained) -> Any:
-    """The model of a run's checkpoint, whole, in fp32 on the CPU."""
+def load_run(trained: Trained, base_path: str = "") -> Any:
+    """The model of a run's checkpoint, whole, in fp32 on the CPU; adapters merged into their base.
+
+    base_path: where a fine-tuned run's base is now, should it have moved.
+    """
     from transformers import LlamaForCausalLM
 
     assert trained.checkpoint is not None
+    if tuned.is_tuned(trained.record):
+        base = tuned.base_of(trained.place.path, trained.record, base_path)
+        return tuned.load_tuned(trained.checkpoint, trained.record, base)
     register_packed_attention()
     shape = trained.record["config"].get("model", {})
     try:
