@@ -281,13 +281,16 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name (tied ones once) and persistent buffers."""
+    """Trained parameters by name (tied ones once) and persistent buffers. What is frozen is not
+    saved: it comes from where it came from at first."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # After a forward without backward (validation) the root still holds its gathered
             # parameters in place of its shards.
             module.reshard()
-    tensors: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
+    tensors: dict[str, Tensor] = {
+        name: p.detach() for name, p in model.named_parameters() if p.requires_grad
+    }
     persistent = model.state_dict(keep_vars=True).keys()
     tensors |= {name: b for name, b in model.named_buffers() if name in persistent}
     return tensors

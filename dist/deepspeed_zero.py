@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def gather_state(model: nn.Module, optimizer: Any) -> dict[str, dict[str, Tensor
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     kept: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
     steps = _make_state(optimizer)
-    for number, (name, parameter) in enumerate(model.named_parameters()):
+    for number, (name, parameter) in enumerate(_trained(model)):
         mine = number % world_size == rank
         full = safe_get_full_fp32_param(parameter)
         if mine:
@@ -112,7 +113,7 @@ def empty_state(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """What this rank reads from a checkpoint: as gather_state, with memory to fill."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     state: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-    for number, (name, parameter) in enumerate(model.named_parameters()):
+    for number, (name, parameter) in enumerate(_trained(model)):
         if number % world_size == rank:
             state["model"][name] = torch.empty(_shape(parameter))
             state["optimizer"][f"{name}.step"] = torch.zeros(())
@@ -128,7 +129,7 @@ def scatter_state(model: nn.Module, optimizer: Any, state: dict[str, dict[str, T
     stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
     if stage_3:
         optimizer.checkpoint_event_prologue()
-    for number, (name, parameter) in enumerate(model.named_parameters()):
+    for number, (name, parameter) in enumerate(_trained(model)):
         for key in (None, *MOMENTS):
             part, entry = ("optimizer", f"{name}.{key}") if key else ("model", name)
             full = _from_owner(number, state[part].get(entry), _shape(parameter), optimizer.device)
@@ -140,6 +141,11 @@ def scatter_state(model: nn.Module, optimizer: Any, state: dict[str, dict[str, T
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         optimizer.checkpoint_event_epilogue()
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is saved; frozen parameters come from where they came from at first."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

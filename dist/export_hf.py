@@ -16,7 +16,7 @@ import socket
 import sys
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,11 @@ def load_weights(checkpoint: Place, model: nn.Module, prefix: str = "model.") ->
     `prefix` stands before the names in the checkpoint, where the model was part of a larger
     module. The caller has checked the files (find_checkpoint does): `.metadata` is a pickle.
     """
-    tensors = {prefix + name: parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {
+        prefix + name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad  # what is frozen is not in it
+    }
     persistent = model.state_dict(keep_vars=True).keys()
     tensors |= {prefix + name: b for name, b in model.named_buffers() if name in persistent}
     try:
@@ -94,21 +98,16 @@ def write_folder(
     facts: dict[str, Any],
     card: str,
     max_shard_size: str = "5GB",
+    beside: Iterable[Path] = (),
 ) -> int:
     """Write `model` (a transformers model) as `folder`; returns its bytes.
 
-    `facts` (JSON) go into leyden.json and `card` is README.md. Raises ConfigError if the folder
-    exists: an export is never overwritten.
+    `facts` (JSON) go into leyden.json and `card` is README.md; the files `beside` are copied and
+    replace those that would be made. Raises ConfigError if the folder exists: an export is never
+    overwritten.
     """
-    if folder.exists():
-        raise ConfigError(f"{folder} exists; exports are not overwritten: give another --output")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    # ".tmp": git ignores it, and a person who finds it after a power cut knows what it is.
-    owner = f"{socket.gethostname()}.{os.getpid()}"
-    temporary = folder.with_name(f".{folder.name}.{owner}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.mkdir()
+
+    def fill(temporary: Path) -> None:
         try:
             model.save_pretrained(temporary, max_shard_size=max_shard_size)
         except ValueError as error:
@@ -118,7 +117,25 @@ def write_folder(
         longest = int(model.config.max_position_embeddings)
         config = tokenizer_config(tokenizer_json, special, longest)
         (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        for path in beside:
+            shutil.copyfile(path, temporary / path.name)
         (temporary / "README.md").write_text(card)
+
+    return publish_folder(folder, fill, facts)
+
+
+def publish_folder(folder: Path, fill: Callable[[Path], None], facts: dict[str, Any]) -> int:
+    """Let `fill` write files into a new folder, add leyden.json and show it whole; its bytes."""
+    if folder.exists():
+        raise ConfigError(f"{folder} exists; exports are not overwritten: give another --output")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    # ".tmp": git ignores it, and a person who finds it after a power cut knows what it is.
+    owner = f"{socket.gethostname()}.{os.getpid()}"
+    temporary = folder.with_name(f".{folder.name}.{owner}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir()
+        fill(temporary)
         write_record(temporary, plain(facts))
         mode = 0o666 & ~_umask()  # safetensors makes files for their owner alone
         for path in temporary.iterdir():
@@ -240,17 +257,30 @@ def plain(value: Any) -> Any:
     return value
 
 
-def model_card(title: str, summary: str, facts: dict[str, Any]) -> str:
+def model_card(
+    title: str, summary: str, facts: dict[str, Any], *, base: str = "", adapter: bool = False
+) -> str:
     """README.md: what the model is, how to load it, and a table for each group of `facts`.
 
-    Nested groups are written as YAML, as the resolved config is.
+    Nested groups are written as YAML, as the resolved config is. base: the model that this one
+    was fine-tuned from; adapter: the folder holds a peft adapter on it.
     """
     import yaml
 
+    loading = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+    ]
+    if adapter:
+        loading[0] = "from peft import PeftModel\n" + loading[0]
+        loading[2] = f'base = AutoModelForCausalLM.from_pretrained("{base}")'
+        loading.append('model = PeftModel.from_pretrained(base, "path/to/this/folder")')
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'peft' if adapter else 'transformers'}",
         "pipeline_tag: text-generation",
+        *([f"base_model: {json.dumps(base)}"] if base else []),
         "tags: [leyden]",
         "---",
         "",
@@ -259,9 +289,7 @@ def model_card(title: str, summary: str, facts: dict[str, Any]) -> str:
         summary,
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        *loading,
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         "```",
         "",

@@ -34,6 +34,11 @@ class HfWeights:
         self._files: dict[str, Any] = {}
         self._part_of = _parts(folder)
 
+    @property
+    def files(self) -> list[Path]:
+        """Its safetensors files, sorted."""
+        return [self.folder / name for name in sorted({*self._part_of.values()})]
+
     def check(self, module: nn.Module) -> None:
         """Compare names and shapes with a module's parameters, by the files' headers alone."""
         names = {name: parameter for name, parameter in module.named_parameters()}

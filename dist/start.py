@@ -59,12 +59,14 @@ class Start:
 
 
 def start_run(
-    run: RunDir, config: Any, *, recipe: str, may_change: Iterable[str], stack: ExitStack
-) -> Start:
+    run: RunDir, config: Any, *, recipe: str, may_change: Iterable[str], stack: ExitStack,
+    facts: dict[str, str] | None = None,
+) -> Start:  # fmt: skip
     """Check the dataset, take the run, find the checkpoint to go on from. On rank 0 alone.
 
     `config` has `data: DataConfig`, `global_batch`, `max_steps`, `max_epochs` and,
     if its checkpoints may lie elsewhere, `checkpoint_url`. The lease is held until `stack` is left.
+    `facts`: what else the run is bound to, such as the digest of its base model.
     Raises ConfigError or DataRefused where the run was started with other settings or data.
     """
     if not config.data.url:
@@ -103,6 +105,13 @@ def start_run(
         check_same_run(
             identity["config"], asdict(config), may_change, f"the run {run.path}", defaults
         )
+        for name, value in (facts or {}).items():
+            if identity.get(name) != value:
+                raise ConfigError(
+                    f"the run {run.path} was started with the {name.replace('_', ' ')} "
+                    f"{identity.get(name)}, which is now {value}; give it the old one, or start "
+                    "another run (another --run, or --fresh)"
+                )
     outcome = run.read_outcome()
     if (
         outcome
@@ -123,6 +132,7 @@ def start_run(
             # What a model needs that is used without its dataset.
             "schema": dataset.manifest.schema,
             "tokenizer_digest": dataset.manifest.tokenizer_digest,
+            **(facts or {}),
         }
         if checkpoint_url:
             identity["checkpoint_url"] = str(place_of(checkpoint_url))

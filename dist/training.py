@@ -46,14 +46,13 @@ class Numeric:
 
 
 def decide_numerics(config: Any, device: torch.device) -> Numeric:
-    """By config.precision, .compile and .model.attention_dropout, and by the hardware."""
+    """By config.precision, .compile and .model.attention_dropout (if any), and by the hardware."""
+    dropout = getattr(getattr(config, "model", None), "attention_dropout", 0.0)
     precision = on_rank_zero(lambda: decide_precision(config.precision, device))
     return Numeric(
         precision=precision,
         compiled=decide_compile(config.compile or "off", device),
-        attention=describe_attention(
-            device, precision.compute_dtype, config.model.attention_dropout
-        ),
+        attention=describe_attention(device, precision.compute_dtype, dropout),
     )
 
 

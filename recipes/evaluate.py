@@ -1,6 +1,7 @@
 """Loss and perplexity of a trained model on a dataset, in all and by source.
 
     leyden eval RUN|FOLDER [--data.url REF] [--split validation] [--rows N] [--json]
+    leyden eval RUN|FOLDER --tasks arc_easy,piqa [--limit N]     # lm-evaluation-harness
     python -m recipes.evaluate RUN|FOLDER ...
 
 RUN is the newest valid checkpoint of a run, FOLDER an exported model. Without --data.url it is
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +39,7 @@ from dist.progress import Progress
 from dist.run_dir import RunDir
 from dist.shard_file import PackedShard
 from dist.verify import ShardVerifier, check_presence
+from recipes.eval_tasks import check_tasks, run_tasks, tasks_table
 from recipes.trained import (
     DataRef,
     Trained,
@@ -71,6 +74,16 @@ class Config:
     """auto: as the run was trained; fp32 for a folder."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu or cuda."""
+    tasks: str = ""
+    """Tasks of lm-evaluation-harness instead, separated by commas (an extra: leyden[eval])."""
+    tasks_folder: str = ""
+    """With tasks: folder of task YAML files of your own."""
+    limit: int = 0
+    """With tasks: examples of each; 0: all."""
+    num_fewshot: int = -1
+    """With tasks: examples shown in each prompt; -1: as the task says."""
+    chat: bool = False
+    """With tasks: prompts go through the model's chat template."""
     json: bool = False
     """Print one JSON object instead of the table."""
     run_root: str = "runs"
@@ -116,6 +129,30 @@ def run(config: Config) -> dict[str, Any]:
     if place.is_run:
         text = json.dumps(result, indent=1, sort_keys=True) + "\n"
         RunDir(place.path).write("eval.json", text.encode())
+    return result
+
+
+def run_harness(config: Config) -> dict[str, Any]:
+    """Evaluate on tasks; returns what eval_tasks.json holds."""
+    names = check_tasks(config.tasks)
+    place = resolve(config.model, config.run_root)
+    trained = open_trained(place, step=config.step, data_url=config.data.url)
+    tasks = run_tasks(
+        trained, choose_device(config.device), names, folder=config.tasks_folder,
+        limit=config.limit, num_fewshot=config.num_fewshot, batch_size=config.micro_batch,
+        chat=config.chat,
+    )  # fmt: skip
+    result = {
+        "model": str(place.path),
+        "step": trained.step,
+        "checkpoint": trained.checkpoint.name if trained.checkpoint else "",
+        "harness": version("lm-eval"),
+        "limit": config.limit,
+        "tasks": tasks,
+    }
+    if place.is_run:
+        text = json.dumps(result, indent=1, sort_keys=True) + "\n"
+        RunDir(place.path).write("eval_tasks.json", text.encode())
     return result
 
 
@@ -291,8 +328,9 @@ def main() -> int:
     """Parse the command line and evaluate."""
     quiet()
     config = parse_words(Config, sys.argv[1:], verb="eval", description=__doc__ or "")
-    result = run(config)
-    print(json.dumps(result, indent=1, sort_keys=True) if config.json else table(result))
+    result = run_harness(config) if config.tasks else run(config)
+    show = tasks_table if config.tasks else table
+    print(json.dumps(result, indent=1, sort_keys=True) if config.json else show(result))
     return 0
 
 

@@ -1,7 +1,10 @@
 """Write a run's model as a Hugging Face folder: safetensors, tokenizer, model card, digests.
 
     leyden export RUN [--output FOLDER] [--step N] [--dtype bf16] [--max_shard_size 5GB]
+    leyden export RUN --merge          # fine-tuned with adapters: one model, base and all
     python -m recipes.export RUN ...
+
+A run of adapters becomes a peft adapter folder, unless --merge is given.
 
 One process and no GPU are enough, however many ranks trained the model. The folder loads with
 transformers.AutoModelForCausalLM.from_pretrained; `leyden data verify FOLDER` checks it.
@@ -22,10 +25,13 @@ from dist.export_hf import (
     DTYPES,
     model_card,
     plain,
+    publish_folder,
     write_folder,
 )
 from dist.run_dir import RunDir
 from dist.versions import code_version, library_versions
+from recipes import tuned
+from recipes.causal_lm import Base, BaseConfig
 from recipes.trained import (
     DataRef,
     Trained,
@@ -53,6 +59,10 @@ class Config:
     """Type of the weights; fp32 is what was trained."""
     max_shard_size: str = "5GB"
     """Largest size of one safetensors file, as 5GB or 500MB."""
+    merge: bool = False
+    """Of a run of adapters: add them to the base and write the whole model."""
+    base: BaseConfig = field(default_factory=BaseConfig)
+    """Where a fine-tuned run's base is now, if it has moved."""
     data: DataRef = field(default_factory=DataRef)
     """Where the run's dataset is now, if it has moved; the tokenizer comes from there."""
     run_root: str = "runs"
@@ -64,23 +74,40 @@ def run(config: Config) -> Path:
     place = resolve(config.model, config.run_root, only_run=True)
     trained = open_trained(place, step=config.step, data_url=config.data.url)
     assert trained.checkpoint is not None
-    suffix = "" if config.dtype == "fp32" else f"-{config.dtype}"
+    is_tuned = tuned.is_tuned(trained.record)
+    adapters = is_tuned and tuned.has_adapters(trained.record)
+    if config.merge and not adapters:
+        raise ConfigError(f"{place.path} trained all of its weights: there is nothing to --merge")
+    suffix = "-merged" if config.merge else "-adapter" if adapters else ""
+    suffix += "" if config.dtype == "fp32" else f"-{config.dtype}"
     usual = place.path / "exported" / f"step-{trained.step}{suffix}"
     folder = Path(config.output) if config.output else usual
     if folder.exists():  # said before minutes of loading; write_folder checks again
         raise ConfigError(f"{folder} exists; exports are not overwritten: give another --output")
-    model = load_run(trained).to(DTYPES[config.dtype])
-    model.config.use_cache = True
-    facts = lineage(trained, config.dtype, sum(p.numel() for p in model.parameters()))
-    size = write_folder(
-        model,
-        folder,
-        tokenizer_json=trained.tokenizer_json,
-        special=trained.special,
-        facts=facts,
-        card=card_of(facts),
-        max_shard_size=config.max_shard_size,
-    )
+    base = tuned.base_of(place.path, trained.record, config.base.path) if is_tuned else None
+    if adapters and not config.merge:
+        assert base is not None
+        model = tuned.load_tuned(trained.checkpoint, trained.record, base, merged=False)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        facts = lineage(trained, config.dtype, trainable) | base_facts(base, adapter=True)
+        card = card_of(facts)
+        fill = tuned.adapter_writer(model, trained.record, base, card, DTYPES[config.dtype])
+        size = publish_folder(folder, fill, facts)
+    else:
+        model = load_run(trained, config.base.path).to(DTYPES[config.dtype])
+        model.config.use_cache = True
+        facts = lineage(trained, config.dtype, sum(p.numel() for p in model.parameters()))
+        facts |= base_facts(base, adapter=False) if base is not None else {}
+        size = write_folder(
+            model,
+            folder,
+            tokenizer_json=trained.tokenizer_json,
+            special=trained.special,
+            facts=facts,
+            card=card_of(facts),
+            max_shard_size=config.max_shard_size,
+            beside=tuned.tokenizer_files(base) if base is not None else (),
+        )
     print(f"{folder}: {facts['run']} at step {trained.step}, {config.dtype}, {size / 1e6:,.1f} MB")
     return folder
 
@@ -137,9 +164,16 @@ def lineage(trained: Trained, dtype: str, params: int) -> dict[str, Any]:
     return dict(plain(facts))
 
 
+def base_facts(base: Base, *, adapter: bool) -> dict[str, Any]:
+    """What leyden.json adds of a fine-tuned model."""
+    kind = "peft_adapter" if adapter else "exported_model"
+    return {"kind": kind, "base": base.name, "base_digest": base.digest}
+
+
 def card_of(facts: dict[str, Any]) -> str:
     """README.md of the exported folder."""
     told = "run", "run_id", "recipe", "step", "checkpoint", "attempts", "config_digest"
+    told = (*told, "base", "base_digest") if "base" in facts else told  # type: ignore[assignment]
     data = "data_digest", "tokenizer_digest", "data", "data_job", "data_code", "data_inputs"
     groups = {
         "Metrics": facts["metrics"],
@@ -152,14 +186,28 @@ def card_of(facts: dict[str, Any]) -> str:
         "Resolved config": facts["config"],
         "Environment": facts["environment"],
     }
-    summary = (
-        f"A Llama of {facts['params']:,} parameters ({facts['dtype']}), trained from scratch by "
-        f"Leyden for {facts['step']:,} steps on rows of {facts['seq_len']:,} tokens of the dataset "
-        f"`{facts['data_digest']}`. It is a base model: it continues text, and was not tuned to "
-        "follow instructions or checked for safety."
+    trained = (
+        f"trained by Leyden for {facts['step']:,} steps on rows of {facts['seq_len']:,} tokens of "
+        f"the dataset `{facts['data_digest']}`"
     )
+    size = f"{facts['params']:,} parameters ({facts['dtype']})"
+    if facts.get("kind") == "peft_adapter":
+        summary = f"A peft adapter of {size} on `{facts['base']}`, {trained}."
+    elif "base" in facts:
+        summary = f"`{facts['base']}`, fine-tuned: {size}, {trained}."
+    else:
+        summary = (
+            f"A Llama of {size} from random weights, {trained}. It is a base model: it continues "
+            "text, and was not tuned to follow instructions or checked for safety."
+        )
     groups = {name: {k: v for k, v in group.items() if v != ""} for name, group in groups.items()}
-    return model_card(facts["run"], summary, groups)
+    return model_card(
+        facts["run"],
+        summary,
+        groups,
+        base=facts.get("base", ""),
+        adapter=facts.get("kind") == "peft_adapter",
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     leyden generate RUN|FOLDER --prompt "def main(" [--greedy] [--num_samples 3]
     leyden generate RUN|FOLDER --prompts prompts.jsonl --output texts.jsonl
     leyden generate RUN|FOLDER                                  # interactive
+    leyden generate RUN|FOLDER --chat [--system TEXT] --prompt "What is a jar?"
     python -m recipes.generate RUN|FOLDER ...
 
 A prompt is framed as a document began in training and ends where the model ends it (eos) or after
@@ -23,6 +24,7 @@ from dist.errors import ConfigError, DataRefused, run_main
 from dist.local_files import create_exclusive
 from dist.progress import Progress
 from dist.tokenizer import TextTokenizer
+from recipes.chat import chat_ids, hf_tokenizer, require_template
 from recipes.prompts import Shown, parse_memory, printable, prompts_of
 from recipes.trained import (
     DataRef,
@@ -50,6 +52,10 @@ class Config:
     output: str = ""
     """With --prompts: JSONL file, which must not exist; empty: standard output. It appears whole at
     the end: a killed command leaves none, and the same command starts again with the first."""
+    chat: bool = False
+    """A prompt is a user's message: the model's chat template frames it."""
+    system: str = ""
+    """With --chat: the system message."""
     max_new_tokens: int = 128
     """Longest continuation."""
     temperature: float = 1.0
@@ -100,6 +106,8 @@ class Config:
             raise ConfigError("greedy texts are all the same: leave out --num_samples or --greedy")
         if self.output and not self.prompts:
             raise ConfigError("--output needs --prompts FILE")
+        if self.system and not self.chat:
+            raise ConfigError("--system needs --chat")
         if self.prompt and self.prompts:
             raise ConfigError("give --prompt or --prompts, not both")
 
@@ -125,12 +133,16 @@ class Generator:
     def __init__(self, trained: Trained, model: Any, config: Config) -> None:
         self.trained, self.model, self.config = trained, model, config
         self.tokenizer = TextTokenizer(trained.tokenizer_json)
+        self.chat_tokenizer = hf_tokenizer(trained) if config.chat else None
+        self.ends = end_ids(model, trained.special.eos)
         device = model.get_input_embeddings().weight.device
         # Offloaded to disk: accelerate moves inputs itself.
         self.device = torch.device("cpu") if device.type == "meta" else device
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of a prompt, begun as documents were in training."""
+        if self.chat_tokenizer is not None:
+            return chat_ids(self.chat_tokenizer, prompt, self.config.system)
         ids, _ = self.tokenizer.encode_batch([prompt])
         bos = self.trained.special.bos
         return [*([] if bos is None else [bos]), *map(int, ids)]
@@ -148,7 +160,7 @@ class Generator:
             max_new_tokens=config.max_new_tokens,
             num_return_sequences=config.num_samples,
             bos_token_id=special.bos,
-            eos_token_id=special.eos,
+            eos_token_id=self.ends or None,
             pad_token_id=special.pad,
             use_cache=True,
         )
@@ -173,9 +185,9 @@ class Generator:
         texts = []
         for i, new in enumerate(out[:, longest:].tolist()):
             number, sample = divmod(i, self.config.num_samples)
-            eos = self.trained.special.eos
-            ended = eos in new
-            kept = new[: new.index(eos)] if ended else new
+            places = [at for at, token in enumerate(new) if token in self.ends]
+            ended = bool(places)
+            kept = new[: places[0]] if ended else new
             stopped = "eos" if ended else "length"
             text = self.tokenizer.decode(kept)
             texts.append(Text(prompts[number], text, sample, len(kept), stopped))
@@ -198,10 +210,19 @@ class Generator:
             )
 
 
+def end_ids(model: Any, eos: int | None) -> list[int]:
+    """Ids that end a text: the dataset's, and those that a published model says itself."""
+    said = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    said = said if isinstance(said, list) else [said]
+    return list(dict.fromkeys(number for number in (eos, *said) if number is not None))
+
+
 def open_generator(config: Config) -> Generator:
     """Find and load the model."""
     place = resolve(config.model, config.run_root)
     trained = open_trained(place, step=config.step, data_url=config.data.url)
+    if config.chat:
+        require_template(trained)
     size = TextTokenizer(trained.tokenizer_json).vocab_size
     if size > trained.vocab_size:
         raise DataRefused(
@@ -250,7 +271,12 @@ def run_prompt(generator: Generator) -> None:
     for text in generator.batch([config.prompt]):
         if config.num_samples > 1:
             print(f"--- {text.sample + 1} of {config.num_samples}, ended by {text.stopped}")
-        print(printable(text.prompt + text.text))
+        print(shown_text(generator, text))
+
+
+def shown_text(generator: Generator, text: Text) -> str:
+    """A continuation after its prompt; of a conversation the answer alone."""
+    return printable(text.text if generator.config.chat else text.prompt + text.text)
 
 
 def run_interactive(generator: Generator, ask: Callable[[str], str] = input) -> None:
@@ -270,7 +296,7 @@ def run_interactive(generator: Generator, ask: Callable[[str], str] = input) -> 
             single = generator.config.num_samples == 1
             for text in generator.batch([prompt], shown if single else None):
                 if not single:
-                    print(printable(text.prompt + text.text))
+                    print(shown_text(generator, text))
         except KeyboardInterrupt:
             print(" [stopped]")
         except ConfigError as error:

@@ -10,6 +10,7 @@ import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +27,7 @@ from dist.model_folder import read_record as read_leyden_json
 from dist.run_dir import RunDir
 from dist.tokenizer import tokenizer_digest
 from dist.url_path import Place
-from recipes import llama
+from recipes import llama, tuned
 
 Config = TypeVar("Config")
 STANDARD_ATTENTION = "sdpa"
@@ -61,6 +62,8 @@ class Trained:
     """The checkpoint's record, or leyden.json."""
     schema: dict[str, Any] = field(default_factory=dict)
     """Schema of the run's dataset."""
+    template: str = ""
+    """Chat template (jinja); '' without one."""
 
     @property
     def name(self) -> str:
@@ -104,6 +107,7 @@ def open_trained(place: ModelPlace, *, step: int = 0, data_url: str = "") -> Tra
         checkpoint=checkpoint,
         record=record,
         schema=schema,
+        template=_template_of(dataset, schema.get("template_digest")),
     )
 
 
@@ -128,7 +132,29 @@ def _open_folder(place: ModelPlace) -> Trained:
         seq_len=int(record.get("seq_len", 0)),
         step=int(record.get("step", -1)),
         record=record,
+        template=_template_in(place.path),
     )
+
+
+def _template_of(dataset: Dataset, digest: str | None) -> str:
+    """The chat template that a dataset was made with; '' if it is gone or there was none."""
+    if not digest:
+        return ""
+    try:
+        return dataset.storage.read(f"templates/{digest}.jinja").decode()
+    except FileNotFoundError:
+        return ""
+
+
+def _template_in(folder: Path) -> str:
+    """The chat template of a Hugging Face folder."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text()
+    try:
+        said = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return ""
+    return str(said.get("chat_template") or "")
 
 
 def _choose_checkpoint(run: RunDir, step: int) -> Place:
@@ -210,11 +236,17 @@ def load_spread(
     ).eval()
 
 
-def load_run(trained: Trained) -> Any:
-    """The model of a run's checkpoint, whole, in fp32 on the CPU."""
+def load_run(trained: Trained, base_path: str = "") -> Any:
+    """The model of a run's checkpoint, whole, in fp32 on the CPU; adapters merged into their base.
+
+    base_path: where a fine-tuned run's base is now, should it have moved.
+    """
     from transformers import LlamaForCausalLM
 
     assert trained.checkpoint is not None
+    if tuned.is_tuned(trained.record):
+        base = tuned.base_of(trained.place.path, trained.record, base_path)
+        return tuned.load_tuned(trained.checkpoint, trained.record, base)
     register_packed_attention()
     shape = trained.record["config"].get("model", {})
     try:

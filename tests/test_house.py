@@ -43,10 +43,10 @@ FLOORS: dict[int, set[str]] = {
         *{"activation", "attention", "batch", "cache", "checkpoint", "checkpoint_files", "drain"},
         *{"checkpoint_url", "deepspeed_zero", "hf_weights", "tensor_parallel"},
         *{"export_hf", "guard", "initialise", "loader", "loss", "mesh", "meter", "optim"},
-        *{"precision", "profiling", "randomness", "sharding", "start", "watchdog"},
+        *{"precision", "profiling", "randomness", "sharding", "start", "training_step", "watchdog"},
         *{"local_device", "memory_plan", "memory_trace", "op_cost", "plan_text", "pretend"},
         *{"step_time"},
-        *{"compile", "gradient_scaler", "micro_batch", "stochastic_adamw"},
+        *{"compile", "gradient_scaler", "lora", "micro_batch", "stochastic_adamw"},
     },
     3: {
         *{"checkpoint_callback", "lightning_plugins", "run_recorder", "strategies"},
