@@ -169,9 +169,11 @@ def make_peers() -> list[Peer]:
     ]
 
 
-def write_rows(dataset: Dataset, path: Path) -> None:
+def write_rows(dataset: Dataset, path: Path, num_shards: int = 4) -> None:
     """The first shards' rows as an array for the peers, with their numbers as first tokens."""
-    shards = [PackedShard(dataset.shard_path(s)) for s in dataset.split("train").shards[:4]]
+    shards = [
+        PackedShard(dataset.shard_path(s)) for s in dataset.split("train").shards[:num_shards]
+    ]
     rows = np.concatenate([shard.tokens(0, shard.num_rows) for shard in shards])
     number = np.arange(len(rows))
     rows[:, 0], rows[:, 1] = number & 0xFFFF, number >> 16

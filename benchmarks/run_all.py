@@ -21,6 +21,7 @@ FIGURES = {
     "help": "",
     "start": "",
     "loader": "--repeat 2",
+    "remote": "--mb 512 --repeat 1 --global-steps 2",
     "step": "--steps 40 --repeat 2",
     "checkpoint": "--steps 50 --repeat 3",
     "guard_meter": "--steps 40 --repeat 3",

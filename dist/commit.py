@@ -8,6 +8,7 @@ attempt that lost is referred to by nothing.
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dist.manifest import Manifest, digest_of
 from dist.shard_file import file_digest
 from dist.storage import Storage
 from dist.tokenizer import tokenizer_digest
+from dist.transfer import REQUESTS_AT_ONCE, retried
 
 
 def publish_shard(storage: Storage, local: Path, digest: str, num_bytes: int) -> str:
@@ -67,8 +69,15 @@ def find_job(storage: Storage, job_digest: str) -> str | None:
 def missing_shards(storage: Storage, manifest: Manifest) -> list[str]:
     """What is wrong with the shards' presence and size, a line each; empty if nothing is."""
     problems = []
-    for shard in manifest.shards:
-        size = storage.size(f"shards/{shard.name}")
+    names = [f"shards/{shard.name}" for shard in manifest.shards]
+    if storage.is_local:
+        sizes = [storage.size(name) for name in names]
+    else:  # a request each
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            sizes = list(
+                pool.map(lambda n: retried(lambda: storage.size(n), f"{storage.url}/{n}"), names)
+            )
+    for shard, size in zip(manifest.shards, sizes, strict=True):
         if size is None:
             problems.append(f"shards/{shard.name} is missing")
         elif size != shard.bytes:

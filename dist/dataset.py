@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist.errors import ConfigError, DataRefused, SetupError
+from dist.cache import CacheConfig, Lease, NodeCache, node_cache
+from dist.errors import ConfigError, DataRefused
 from dist.manifest import Manifest, Shard, parse_reference
 from dist.storage import Storage
+from dist.transfer import retried
+
+_PATHS_KEPT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,19 @@ class Dataset:
     storage: Storage
     manifest: Manifest
     data_digest: str
+    cache_config: CacheConfig = CacheConfig()
+    """Where shards are kept if the dataset is remote."""
+    _lent: OrderedDict[str, Lease] = field(default_factory=OrderedDict, repr=False, compare=False)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards have to be fetched before they can be mapped."""
+        return not self.storage.is_local
+
+    @property
+    def cache(self) -> NodeCache:
+        """The node's cache of remote shards."""
+        return node_cache(self.cache_config)
 
     @property
     def reference(self) -> str:
@@ -62,7 +82,7 @@ class Dataset:
             raise DataRefused(f"the dataset {self.storage.url} was written without a tokenizer")
         name = f"tokenizers/{digest}.json"
         try:
-            data = self.storage.read(name)
+            data = _read(self.storage, name)
         except FileNotFoundError:
             raise DataRefused(
                 f"the tokenizer of the dataset is missing: {self.storage.url}/{name}"
@@ -76,14 +96,28 @@ class Dataset:
         return data
 
     def shard_path(self, shard: Shard) -> Path:
-        """Where a shard can be mapped from."""
+        """Where a shard can be mapped from; a remote one is fetched and its bytes checked.
+
+        It then stays in the node's cache until two others were asked for.
+        """
         path = self.storage.local_path(f"shards/{shard.name}")
-        if path is None:
-            raise SetupError(
-                f"{self.storage.url} is remote and this version trains from local folders only; "
-                "copy the dataset's folder to a disk of the node and pass that"
-            )
-        return path
+        if path is not None:
+            return path
+        lease = self.hold(shard)
+        assert lease is not None
+        if (before := self._lent.pop(shard.name, None)) is not None:
+            before.release()
+        self._lent[shard.name] = lease
+        while len(self._lent) > _PATHS_KEPT:
+            self._lent.popitem(last=False)[1].release()
+        return lease.path
+
+    def hold(self, shard: Shard, stop: threading.Event | None = None) -> Lease | None:
+        """A remote shard in the node's cache, to be released after use; None where it is local.
+
+        Waits until it is there: Cancelled after `stop`.
+        """
+        return self.cache.acquire(self.storage, shard, stop) if self.is_remote else None
 
     def read_provenance(self) -> dict[str, Any] | None:
         """How this version was made: inputs, config, versions, counters; None if it is gone."""
@@ -94,8 +128,8 @@ class Dataset:
         return None
 
 
-def open_dataset(reference: str) -> Dataset:
-    """Open `URL` (its LATEST, resolved now) or `URL@hexprefix`.
+def open_dataset(reference: str, cache: CacheConfig | None = None) -> Dataset:
+    """Open `URL` (its LATEST, resolved now) or `URL@hexprefix`; `cache` for a remote one.
 
     Raises ConfigError for a reference that names nothing or several versions, DataRefused for a
     manifest whose bytes do not match its name.
@@ -104,7 +138,7 @@ def open_dataset(reference: str) -> Dataset:
     storage = Storage(url)
     digest = _latest(storage) if prefix is None else _complete(storage, prefix)
     try:
-        data = storage.read(f"manifests/{digest}.json")
+        data = _read(storage, f"manifests/{digest}.json")
     except FileNotFoundError:
         raise DataRefused(
             f"{url} names the version {digest[:12]} but manifests/{digest}.json is missing; "
@@ -117,12 +151,21 @@ def open_dataset(reference: str) -> Dataset:
             f"{url}/manifests/{digest}.json was changed: its SHA-256 is {found}; restore it, "
             "or run the prep job again"
         )
-    return Dataset(storage=storage, manifest=manifest, data_digest=digest)
+    return Dataset(
+        storage=storage, manifest=manifest, data_digest=digest, cache_config=cache or CacheConfig()
+    )
+
+
+def _read(storage: Storage, name: str) -> bytes:
+    """A small file; from a store, with retries and errors that say what to do."""
+    if storage.is_local:
+        return storage.read(name)
+    return retried(functools.partial(storage.read, name), f"{storage.url}/{name}")
 
 
 def _latest(storage: Storage) -> str:
     try:
-        text = storage.read("LATEST").decode("ascii", "replace").strip()
+        text = _read(storage, "LATEST").decode("ascii", "replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"no dataset at {storage.url}: there is no LATEST; pass the folder that a prep job "
@@ -142,5 +185,10 @@ def _complete(storage: Storage, prefix: str) -> str:
     if len(found) == 1:
         return found[0]
     have = ", ".join(stem[:12] for stem in stems) or "none"
+    if not stems and storage.url.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{storage.url}@{prefix}: a web server lists no versions; give all 64 digits of the "
+            "digest, or the URL alone for its newest version"
+        )
     what = "no version" if not found else f"{len(found)} versions"
     raise ConfigError(f"{what} of {storage.url} start with {prefix}; it has {have}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,13 +32,12 @@ from dist.dataset import Dataset, SplitTable
 from dist.drain import end_soon, lost_peer
 from dist.errors import describe
 from dist.mesh import PeerFailed, host_group
+from dist.open_shards import OpenShards
 from dist.order import Order, SequentialOrder, num_micro_batches, rank_span
-from dist.shard_file import PackedShard
 from dist.skips import SkippingOrder, Skips
 from dist.stages import DerivedOrder
 from dist.verify import ShardVerifier
 
-MAX_OPEN_SHARDS = 512
 SETTLE_TIMEOUT_S = 60.0
 
 
@@ -113,7 +112,7 @@ class TokenLoader:
         """Whether a further `iter()` goes on where the last one stopped, not at the start."""
         self._seq_len = int(dataset.manifest.schema["seq_len"])
         self._dtype = np.dtype(dataset.manifest.schema["token_dtype"])
-        self._shards = _OpenShards(dataset, split, verifier)
+        self._shards = OpenShards(dataset, split, verifier)
         self._agree, self._pin, self._stop_requested = agree, pin, stop_requested
         self._channel: _Channel | None = None
         self._thread: threading.Thread | None = None
@@ -134,6 +133,9 @@ class TokenLoader:
         """Deliver something else; only before the first `iter()`."""
         if self._channel is not None:
             raise RuntimeError("the loader has begun; its plan cannot change")
+        names = ("start_step", "start_t", "batch", "rank", "world_size")
+        if any(getattr(plan, name) != getattr(self.plan, name) for name in names):
+            self._shards.end()  # it fetches ahead for other rows
         self.plan = plan
 
     def __iter__(self) -> Iterator[Batch]:
@@ -166,6 +168,10 @@ class TokenLoader:
             self._delivered = True
             yield item
 
+    def fetch_ahead(self) -> None:
+        """Begin to fetch remote shards now, while the model is being made."""
+        self._shards.begin(self.order, self.plan)
+
     def settle(self) -> None:
         """Wait until the thread has agreed with the other ranks on the step after this one.
 
@@ -178,9 +184,11 @@ class TokenLoader:
         """End the thread. It may sit in a collective with a dead peer: then it is left behind."""
         if self._channel is not None:
             self._channel.close()
+        self._shards.cancel()
         if self._thread is not None:
             self._thread.join(timeout=2.0)
             self._left_behind = self._thread.is_alive()
+        self._shards.end()
         self._channel = self._thread = None
 
     def __enter__(self) -> TokenLoader:
@@ -191,7 +199,9 @@ class TokenLoader:
 
     def _run(self, channel: _Channel) -> None:
         try:
+            self._shards.begin(self.order, self.plan)
             for step, t0, t1 in self.plan.steps():
+                self._shards.reach(step)
                 failure: BaseException | None = None
                 batches: list[Batch] = []
                 try:
@@ -219,6 +229,8 @@ class TokenLoader:
             if lost_peer(error) is not None:
                 end_soon()
             channel.put(error)
+        finally:
+            self._shards.end()
 
     def _gather_step(self, step: int, t0: int, t1: int) -> list[Batch]:
         """All micro-batches of this rank's part of one step."""
@@ -273,27 +285,6 @@ class Agreement:
         if failures and failure is None:
             raise PeerFailed(f"{failures} other ranks could not read their data", codes // failures)
         return targets, stops > 0
-
-
-class _OpenShards:
-    """A bounded cache of mapped shards; bytes are verified before the first use of a shard."""
-
-    def __init__(self, dataset: Dataset, split: SplitTable, verifier: ShardVerifier | None) -> None:
-        self._dataset, self._split, self._verifier = dataset, split, verifier
-        self._open: OrderedDict[int, PackedShard] = OrderedDict()
-
-    def get(self, number: int) -> PackedShard:
-        shard = self._open.get(number)
-        if shard is not None:
-            self._open.move_to_end(number)
-            return shard
-        if self._verifier is not None:
-            self._verifier.require(number)
-        shard = PackedShard(self._dataset.shard_path(self._split.shards[number]))
-        self._open[number] = shard
-        if len(self._open) > MAX_OPEN_SHARDS:
-            self._open.popitem(last=False)[1].close()
-        return shard
 
 
 class _Channel:
@@ -373,12 +364,14 @@ def training_loader(
     if removed:
         order = DerivedOrder(order, list(removed))
     verifier = ShardVerifier(dataset, split, run / "verified")
-    verifier.start(planned_shards(split, order, plan.start_t, 64 * plan.batch))
-    stack.callback(verifier.close)
+    if not dataset.is_remote:  # the cache verifies what it fetches
+        verifier.start(planned_shards(split, order, plan.start_t, 64 * plan.batch))
+        stack.callback(verifier.close)
     loader = TokenLoader(
         dataset, split, order, plan, verifier=verifier, agree=Agreement(host_group()),
         pin=torch.cuda.is_available(), stop_requested=stop_requested,
     )  # fmt: skip
+    loader.fetch_ahead()
     stack.callback(loader.close)
     return loader
 

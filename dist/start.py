@@ -6,15 +6,17 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dist.cache import CacheConfig
 from dist.checkpoint import check_same_run, find_checkpoint, read_record
 from dist.config import config_digest, to_yaml
 from dist.drain import clear_request, end_soon, lost_peer
 from dist.errors import ConfigError, DataRefused, SetupError, describe
 from dist.folder_files import files_of
+from dist.open_shards import remote_notes
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
 from dist.skips import Skips, read_skipped
@@ -30,7 +32,16 @@ class DataConfig:
     url: str = ""
     """Dataset folder: URL (its newest version) or URL@hexprefix (that version)."""
     verify: Literal["auto", "full", "ahead"] = "auto"
-    """full: hash all shards first; ahead: each before its first use; auto: full below 10 GiB."""
+    """full: hash all shards first; ahead: each before its first use; auto: full below 10 GiB of
+    local data."""
+    cache_dir: str = ""
+    """Of a remote dataset: folder on a disk of the node; empty: $XDG_CACHE_HOME/leyden/shards."""
+    cache_gb: float = 0.0
+    """Of a remote dataset: 10^9 bytes that the folder may hold; 0: free space but for a margin."""
+
+    def cache(self) -> CacheConfig:
+        """Where shards of a remote dataset are kept."""
+        return CacheConfig(folder=self.cache_dir, limit_gb=self.cache_gb)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +90,7 @@ def start_run(
     if identity is not None:
         _switch(run, identity, str(getattr(config, "switch_data", None) or ""))
     dataset = open_run_dataset(run, identity, config.data.url)
+    dataset = replace(dataset, cache_config=config.data.cache())
     dataset.manifest.shards_of("train")
     check_presence(dataset)
     # max_epochs = E means E * N samples, so its last step may be short.
@@ -139,8 +151,11 @@ def start_run(
         run.write_run(identity, to_yaml(config))
     total_bytes = sum(shard.bytes for shard in dataset.manifest.shards)
     full = config.data.verify == "full"
-    if full or (config.data.verify == "auto" and total_bytes < FULL_BELOW_BYTES):
+    auto = config.data.verify == "auto" and not dataset.is_remote  # the cache hashes what it gets
+    if full or (auto and total_bytes < FULL_BELOW_BYTES):
         verify_full(dataset)
+    for note in remote_notes(dataset):
+        print(note, file=sys.stderr)
     checkpoints = run.checkpoints
     checkpoint, passed_over = find_checkpoint(checkpoints)
     for reason in passed_over:

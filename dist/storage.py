@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 
 from dist.errors import ConfigError, SetupError
+from dist.http_files import HttpFiles
 from dist.local_files import LocalStore, publish_file
 
 
@@ -25,8 +26,12 @@ class Storage:
         if "://" not in url or url.startswith("file://"):
             url = os.path.abspath(url.removeprefix("file://"))
         self._url = url.rstrip("/") or "/"
+        root = self._url
         try:
-            self._fs, root = fsspec.core.url_to_fs(self._url)
+            if url.startswith(("http://", "https://")):
+                self._fs = HttpFiles()
+            else:
+                self._fs, root = fsspec.core.url_to_fs(self._url)
         except ImportError as error:
             scheme = url.partition("://")[0]
             raise SetupError(
@@ -41,6 +46,11 @@ class Storage:
     @property
     def url(self) -> str:
         return self._url
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its files are those of a local folder."""
+        return self._local is not None
 
     def read(self, name: str) -> bytes:
         """The whole file; FileNotFoundError with its full URL if it is absent."""
@@ -130,6 +140,10 @@ class Storage:
             if isinstance(one, BaseException):
                 raise one
         return list(found)
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file; fewer, or an error, where it ends before."""
+        return bytes(self._fs.cat_file(self._path(name), start=start, end=end))
 
     @contextmanager
     def upload(self, name: str) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from dist.commit import missing_shards
 from dist.dataset import Dataset, SplitTable
 from dist.errors import DataRefused
@@ -20,6 +23,8 @@ from dist.local_files import write_atomic
 from dist.manifest import Shard
 from dist.progress import Progress
 from dist.shard_file import PackedShard, file_digest
+from dist.stamps import file_facts, is_stamped
+from dist.transfer import PART_BYTES, retried
 
 FULL_BELOW_BYTES = 10 << 30
 """Data smaller than this is hashed whole before training, unless the config says otherwise."""
@@ -62,6 +67,30 @@ def wrong_bytes(path: Path, shard: Shard) -> str:
     return f"{path} has xxh3-128 {found}, the manifest says {shard.xxh3_128} (damaged: {where})"
 
 
+def wrong_local_bytes(dataset: Dataset, shard: Shard) -> str:
+    """What is wrong with a shard of a local dataset; '' if nothing is."""
+    return wrong_bytes(dataset.shard_path(shard), shard)
+
+
+def wrong_remote_bytes(dataset: Dataset, shard: Shard) -> str:
+    """What is wrong with a shard at its URL or with its copy in the cache; '' if nothing is.
+
+    Reads the URL without keeping anything; a damaged copy is deleted from the cache.
+    """
+    digest, name = xxhash.xxh3_128(), f"shards/{shard.name}"
+    url = f"{dataset.storage.url}/{name}"
+    try:
+        for start in range(0, shard.bytes, PART_BYTES):
+            end = min(shard.bytes, start + PART_BYTES)
+            read = functools.partial(dataset.storage.read_range, name, start, end)
+            digest.update(retried(read, url))
+    except (DataRefused, FileNotFoundError) as error:
+        return str(error)
+    if digest.hexdigest() != shard.xxh3_128:
+        return f"{url} has xxh3-128 {digest.hexdigest()}, the manifest says {shard.xxh3_128}"
+    return dataset.cache.recheck(shard)
+
+
 def verify_full(dataset: Dataset, *, progress: bool = True) -> VerifyReport:
     """Hash every byte of every shard, on all cores; DataRefused names each damaged shard."""
     check_presence(dataset)
@@ -74,7 +103,8 @@ def verify_full(dataset: Dataset, *, progress: bool = True) -> VerifyReport:
         Progress("verify", total / 1e6, "MB", enabled=progress) as bar,
         concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
     ):
-        jobs = {pool.submit(wrong_bytes, dataset.shard_path(s), s): s for s in shards}
+        wrong = wrong_remote_bytes if dataset.is_remote else wrong_local_bytes
+        jobs = {pool.submit(wrong, dataset, shard): shard for shard in shards}
         for job in concurrent.futures.as_completed(jobs):
             if job.result():
                 problems.append(job.result())
@@ -137,13 +167,13 @@ class ShardVerifier:
         shard = self._shards[index]
         path = self._dataset.shard_path(shard)
         stamp = self._stamps / f"{_name(path)}.json"
-        facts = _facts(path, shard)
-        if not _stamped(stamp, facts):
+        facts = file_facts(path, shard.xxh3_128)
+        if not is_stamped(stamp, facts):
             problem = wrong_bytes(path, shard)
             if problem:
                 raise DataRefused(f"{problem}; copy it anew, or run the prep job again")
             # A file that changed while it was read gets no stamp.
-            if _facts(path, shard) == facts:
+            if file_facts(path, shard.xxh3_128) == facts:
                 with suppress(OSError):  # a full disk: it is hashed again next time
                     write_atomic(stamp, json.dumps(facts).encode())
         self._checked.add(index)
@@ -151,20 +181,3 @@ class ShardVerifier:
 
 def _name(path: Path) -> str:
     return hashlib.blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()
-
-
-def _facts(path: Path, shard: Shard) -> dict[str, int | str]:
-    stat = path.stat()
-    return {
-        "digest": shard.xxh3_128,
-        "inode": stat.st_ino,
-        "mtime_ns": stat.st_mtime_ns,
-        "size": stat.st_size,
-    }
-
-
-def _stamped(stamp: Path, facts: dict[str, int | str]) -> bool:
-    try:
-        return bool(json.loads(stamp.read_bytes()) == facts)
-    except (OSError, ValueError):
-        return False

@@ -64,7 +64,8 @@ from recipes import llama
 # What a run may change when it goes on; anything else would make it another run. A dataset may
 # move: its digest decides.
 MAY_CHANGE = (
-    "data.url", "data.verify", "switch_data", "parallel", "activation_checkpointing",
+    "data.url", "data.verify", "data.cache_dir", "data.cache_gb",
+    "switch_data", "parallel", "activation_checkpointing",
     "micro_batch", "compile", "max_steps", "max_epochs", "val_every_steps", "val_rows",
     "save_every_steps", "log_every_steps", "guard", "meter", "watchdog", "log", "profile", "keep",
     "keep_best", "async_save", "max_failed_saves", "run", "run_root",
@@ -269,7 +270,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
     config = replace(config, max_steps=start.max_steps)  # those of max_epochs, if given
     with failure_recorded(run, start.attempt, ranks):
         # Data: from the sample where the run stands.
-        dataset = open_dataset(start.data)
+        dataset = open_dataset(start.data, config.data.cache())
         schema = dataset.manifest.schema
         state = OrderState(
             data_digest=dataset.data_digest, seed=config.seed, batch=config.global_batch

@@ -232,7 +232,12 @@ def test_a_lease_of_another_host_expires(tmp_path: Path) -> None:
             lease.check()
 
 
-def test_a_dataset_can_live_on_s3(dataset: Dataset, s3_server: str) -> None:  # noqa: F811
+def test_a_dataset_can_live_on_s3(
+    dataset: Dataset,
+    s3_server: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A commit that needs a rename or a listing would not work on an object store."""
     storage = Storage("s3://leyden/dataset")
     for shard in dataset.manifest.shards:
@@ -245,8 +250,9 @@ def test_a_dataset_can_live_on_s3(dataset: Dataset, s3_server: str) -> None:  # 
     remote = open_dataset("s3://leyden/dataset")
     assert remote.data_digest == dataset.data_digest
     check_presence(remote)
-    with pytest.raises(SetupError, match="is remote"):
-        remote.shard_path(remote.manifest.shards[0])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = remote.manifest.shards[0]
+    assert remote.shard_path(first).read_bytes() == dataset.shard_path(first).read_bytes()
     storage.delete(f"shards/{dataset.manifest.shards[0].name}")
     with pytest.raises(DataRefused, match="is missing"):
         check_presence(remote)

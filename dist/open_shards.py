@@ -1,0 +1,284 @@
+"""Shards that a loader has mapped, and those of remote datasets that it fetches ahead of use."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist.cache import Lease, NodeCache
+from dist.cache_folder import in_words
+from dist.dataset import Dataset, SplitTable
+from dist.errors import LeydenError
+from dist.order import rank_span
+from dist.shard_file import PackedShard
+from dist.transfer import untested_note
+from dist.verify import ShardVerifier
+
+MAX_OPEN_SHARDS = 512
+STEPS_AHEAD = 64
+SHARDS_AHEAD = 8
+FETCHES_AT_ONCE = 4
+
+
+class Steps(Protocol):
+    """What of a loader's plan says which rows a rank takes: LoaderPlan."""
+
+    rank: int
+    world_size: int
+
+    def steps(self) -> Iterator[tuple[int, int, int]]: ...
+
+
+def rows_of_step(order: Any, plan: Any, t0: int, t1: int) -> NDArray[np.int64]:
+    """Rows of the split that this rank takes of a step."""
+    lo, hi = rank_span(t1 - t0, plan.rank, plan.world_size)
+    if getattr(order, "lanes", 1) > 1:  # a batch lies lane by lane before it is cut
+        return np.asarray(order.at(order.layout(t0, t1)[lo:hi])[1])
+    return np.asarray(order.rows(t0 + lo, t0 + hi)[1])
+
+
+def shards_of_steps(split: SplitTable, order: Any, plan: Any) -> Iterator[tuple[int, list[int]]]:
+    """(step, numbers of the shards that this rank reads in it) of each step of a plan."""
+    for step, t0, t1 in plan.steps():
+        yield step, np.unique(split.locate(rows_of_step(order, plan, t0, t1))[0]).tolist()
+
+
+def remote_notes(dataset: Dataset, order: str = "global") -> list[str]:
+    """What to tell the person who trains on a remote dataset; [] for a local one."""
+    if not dataset.is_remote:
+        return []
+    shards = dataset.split("train").shards
+    total, folder = sum(shard.bytes for shard in shards), dataset.cache.folder
+    url, limit = dataset.storage.url, folder.limit_bytes
+    notes = [
+        f"data: {len(shards)} shards, {in_words(total)}, from {url} through the cache "
+        f"{folder.path} of at most {in_words(limit)}"
+    ]
+    if order == "global":
+        again = ""
+        if total > limit:
+            again = (
+                ", and as the cache holds less, shards are fetched again and again: set "
+                f"data.cache_gb to {total / 1e9:.3g} or more"
+            )
+        notes.append(
+            f"warning: in a global order every rank reads every shard, so that each node fetches "
+            f"all {in_words(total)}{again}"
+        )
+    return [*notes, *filter(None, [untested_note(url)])]
+
+
+class OpenShards:
+    """A bounded set of mapped shards; bytes are verified before the first use of a shard.
+
+    Local shards go by the verifier. Remote ones are leased from the node's cache, at most half of
+    this process's share of it, and fetched ahead along the plan given to begin().
+    """
+
+    def __init__(self, dataset: Dataset, split: SplitTable, verifier: ShardVerifier | None) -> None:
+        self._dataset, self._split = dataset, split
+        self._verifier = verifier if not dataset.is_remote else None
+        self._open: OrderedDict[int, tuple[PackedShard, Lease | None]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._ahead: ShardsAhead | None = None
+
+    def get(self, number: int) -> PackedShard:
+        """A shard, mapped; waits for its bytes where they are not there yet."""
+        found = self._open.get(number)  # without the lock: this runs once a row
+        if found is not None:
+            try:
+                self._open.move_to_end(number)
+            except KeyError:  # closed by another thread meanwhile; `found` keeps the map
+                pass
+            return found[0]
+        if self._verifier is not None:
+            self._verifier.require(number)
+        shard = self._split.shards[number]
+        if self._dataset.is_remote:
+            self._close_beyond_half(shard.bytes)
+        lease = self._dataset.hold(shard, self._stop)
+        mapped = PackedShard(lease.path if lease else self._dataset.shard_path(shard))
+        with self._lock:
+            self._open[number] = (mapped, lease)
+        if len(self._open) > MAX_OPEN_SHARDS:
+            self._close_coldest()
+        return mapped
+
+    def begin(self, order: Any, plan: Any) -> None:
+        """Fetch ahead along a plan; nothing where shards are local or it has begun."""
+        if self._dataset.is_remote and self._ahead is None:
+            self._stop.clear()
+            cache = self._dataset.cache
+            cache.holders[:0] = [self._close_coldest]
+            steps = shards_of_steps(self._split, order, plan)
+            self._ahead = ShardsAhead(self._dataset, self._split, steps)
+            cache.holders.append(self._ahead.give_back)
+
+    def reach(self, step: int) -> None:
+        """The rows of a step are about to be read; shards of those before may go."""
+        if self._ahead is not None:
+            self._ahead.reach(step)
+            self._dataset.cache.keep_to_share()
+
+    def cancel(self) -> None:
+        """Whoever waits for a shard raises Cancelled."""
+        self._stop.set()
+
+    def end(self) -> None:
+        """The plan is done: remote shards may be evicted from here on."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            holders = self._dataset.cache.holders
+            for one in (self._close_coldest, ahead.give_back):
+                with suppress(ValueError):
+                    holders.remove(one)
+            ahead.close()
+            while self._close_coldest():
+                pass
+
+    def _close_beyond_half(self, more_bytes: int) -> None:
+        half = self._dataset.cache.share_bytes // 2
+        while self._open_bytes() + more_bytes > half and self._close_coldest():
+            pass
+
+    def _open_bytes(self) -> int:
+        with self._lock:
+            return sum(self._split.shards[number].bytes for number in self._open)
+
+    def _close_coldest(self) -> bool:
+        """Give one mapped shard back; False if there is none."""
+        with self._lock:
+            if not self._open:
+                return False
+            _, (mapped, lease) = self._open.popitem(last=False)
+        if lease is None:
+            mapped.close()
+        else:
+            # Another thread may read a row of it now: its own reference keeps the map alive.
+            lease.release()
+        return True
+
+
+class ShardsAhead:
+    """Fetches the shards of the next steps into the node's cache and pins them there.
+
+    STEPS_AHEAD, or SHARDS_AHEAD where steps are small, if this process's share of the cache allows
+    it; room for one shard is left to the reader.
+    """
+
+    def __init__(
+        self, dataset: Dataset, split: SplitTable, steps: Iterator[tuple[int, list[int]]]
+    ) -> None:
+        self._dataset, self._split, self._steps = dataset, split, steps
+        self._cache: NodeCache = dataset.cache
+        self._largest = max(shard.bytes for shard in split.shards)
+        self._pins: dict[int, Lease] = {}
+        self._last_step: dict[int, int] = {}
+        """Of each shard that was planned: the last step known to read it."""
+        self._reached: int | None = None
+        self._changed = threading.Condition()
+        self._stop = threading.Event()
+        self._pool = concurrent.futures.ThreadPoolExecutor(FETCHES_AT_ONCE, "fetch-ahead")
+        self._under_way: set[int] = set()
+        self._thread = threading.Thread(target=self._run, name="plan-ahead", daemon=True)
+        self._thread.start()
+
+    def reach(self, step: int) -> None:
+        """Let go of what only earlier steps needed."""
+        with self._changed:
+            self._reached = step
+            over = [n for n, last in self._last_step.items() if last < step]
+            leases = [self._pins.pop(n) for n in over if n in self._pins]
+            for number in over:
+                del self._last_step[number]
+            self._changed.notify_all()
+        for lease in leases:
+            lease.release()
+
+    def give_back(self) -> bool:
+        """Let go of the pin that is needed last; False if there is none."""
+        with self._changed:
+            if not self._pins:
+                return False
+            # A dict keeps the order in which they were planned.
+            number = next(reversed(self._pins))
+            lease = self._pins.pop(number)
+        lease.release()
+        return True
+
+    def close(self) -> None:
+        """Stop fetching and let go of everything."""
+        self._stop.set()
+        with self._changed:
+            self._changed.notify_all()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._thread.join(timeout=2.0)
+        while self.give_back():
+            pass
+
+    def _run(self) -> None:
+        first: int | None = None
+        for step, numbers in self._steps:
+            first = step if first is None else first
+            for number in numbers:
+                if not self._wait_for_turn(step, first, number):
+                    return
+            if self._stop.is_set():
+                return
+
+    def _wait_for_turn(self, step: int, first: int, number: int) -> bool:
+        """Start to fetch a shard for a step as soon as it may be; False after a stop."""
+        size = self._split.shards[number].bytes
+        while not self._stop.is_set():
+            with self._changed:
+                at = self._reached if self._reached is not None else first
+                if step < at:
+                    return True
+                known = number in self._pins or number in self._under_way
+                if known:
+                    self._last_step[number] = step
+                    return True
+                near = step <= at + STEPS_AHEAD or len(self._last_step) < SHARDS_AHEAD
+                if near and len(self._under_way) < FETCHES_AT_ONCE:
+                    room = self._cache.share_bytes - self._largest - size
+                    if self._cache.held_bytes + self._begun_bytes() <= room:
+                        self._under_way.add(number)
+                        self._last_step[number] = step
+                        break
+                # Room may also come from other processes: look again now and then.
+                self._changed.wait(0.2)
+        else:
+            return False
+        try:
+            self._pool.submit(self._fetch, number)
+        except RuntimeError:  # closed meanwhile
+            return False
+        return True
+
+    def _begun_bytes(self) -> int:
+        """What is about to be fetched and does not count as held yet."""
+        shards = [self._split.shards[number] for number in self._under_way]
+        return sum(one.bytes for one in shards if not self._cache.holds(one))
+
+    def _fetch(self, number: int) -> None:
+        lease: Lease | None = None
+        # The reader meets the same failure, and it is the reader who raises it.
+        with suppress(LeydenError, OSError):
+            lease = self._dataset.hold(self._split.shards[number], self._stop)
+        with self._changed:
+            self._under_way.discard(number)
+            wanted = number in self._last_step and not self._stop.is_set()
+            if lease is not None and wanted and number not in self._pins:
+                self._pins[number] = lease
+                lease = None
+            self._changed.notify_all()
+        if lease is not None:
+            lease.release()
