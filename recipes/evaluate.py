@@ -10,7 +10,6 @@ final validation loss. A run keeps the result as eval.json.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist import strict_json
 from dist.attention import packed_info
 from dist.batch import Batch
 from dist.dataset import Dataset, SplitTable, open_dataset
@@ -114,7 +114,7 @@ def run(config: Config) -> dict[str, Any]:
         "sources": by_source(sums, source_names(dataset, len(sums))),
     }
     if place.is_run:
-        text = json.dumps(result, indent=1, sort_keys=True) + "\n"
+        text = strict_json.dumps(result, indent=1, sort_keys=True) + "\n"
         RunDir(place.path).write("eval.json", text.encode())
     return result
 
@@ -292,7 +292,7 @@ def main() -> int:
     quiet()
     config = parse_words(Config, sys.argv[1:], verb="eval", description=__doc__ or "")
     result = run(config)
-    print(json.dumps(result, indent=1, sort_keys=True) if config.json else table(result))
+    print(strict_json.dumps(result, indent=1, sort_keys=True) if config.json else table(result))
     return 0
 
 
