@@ -6,7 +6,7 @@ rows. A test holds them against the rows that a real recipe's model received.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -19,6 +19,7 @@ from dist.run_dir import RunDir
 from dist.run_history import I64, History, read_config, read_history
 from dist.shard_file import PackedShard
 from dist.skips import SkippingOrder, Skips
+from dist.stages import Stages, first_numbers, read_stages
 from dist.tokenizer import TextTokenizer
 
 TRAIN = "train"
@@ -57,6 +58,8 @@ class Answer:
     epochs: int
     steps_done: int
     planned_steps: int | None
+    removed: dict[int, str] = field(default_factory=dict)
+    """Rows that later stages of the run left out, each with the version that lacks it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +116,48 @@ def who_saw(
     dataset = open_run_data(run, data)
     num_rows = dataset.split(TRAIN).num_rows
     history = read_history(run, num_rows)
-    rows = rows_of_key(dataset, key, progress=progress)
+    rows = _rows_of_key(run, dataset, key, progress=progress)
     if epochs is None:
-        epochs = max(1, -(-history.end_t // num_rows))
+        # Rows that were left out are part of the stream that epochs are cut from.
+        skips = Skips(history.segments[-1].skipped)
+        last = int(skips.to_stream(np.array([max(history.end_t, 1) - 1]))[0])
+        epochs = last // num_rows + 1
     numbers = np.array([ref.row for ref in rows if ref.split == TRAIN], np.int64)
     sightings = sightings_of(history, num_rows, numbers, epochs)
     return Answer(
         data=dataset.reference, key=key, rows=rows, sightings=sightings, epochs=epochs,
         steps_done=history.next_step, planned_steps=history.planned_steps,
+        removed={
+            row: line["data_digest"]
+            for line in reversed(read_stages(run).lines)
+            for row in line["removed"]
+            if row in numbers
+        },
     )  # fmt: skip
+
+
+def _rows_of_key(run: RunDir, first: Dataset, key: str, *, progress: bool) -> list[RowRef]:
+    """Rows that a key names, in the numbers of the run's first dataset.
+
+    A shard may be one of a version that the run switched to.
+    """
+    try:
+        return rows_of_key(first, key, progress=progress)
+    except ConfigError:
+        lines = read_stages(run).lines
+        for number in reversed(range(len(lines))):
+            derived = open_dataset(lines[number]["data"])
+            prefix = key.partition(":")[0]
+            if not any(shard.name.startswith(prefix) for shard in derived.manifest.shards):
+                continue
+            found = rows_of_key(derived, key, progress=progress)
+            removed = Stages(lines=lines[: number + 1]).removed
+            numbers = [
+                first_numbers([one.row], removed)[0] if one.split == TRAIN else one.row
+                for one in found
+            ]
+            return [replace(one, row=n) for one, n in zip(found, numbers, strict=True)]
+        raise
 
 
 def sightings_of(history: History, num_rows: int, rows: I64, epochs: int) -> list[Sighting]:

@@ -6,7 +6,6 @@ as under fsdp. dist/checkpoint_folder.py says what makes a folder a checkpoint.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 import warnings
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.fsdp import FSDPModule
 
+from dist import strict_json
 from dist.checkpoint_folder import (
     STATE,
     check_files,
@@ -172,7 +172,7 @@ def _write(
                 no_dist=world_size == 1,
             )
         if rank == 0:
-            files.write(STATE, json.dumps(record, indent=1, sort_keys=True).encode())
+            files.write(STATE, strict_json.dumps(record, indent=1, sort_keys=True).encode())
         files.sync()
     except CheckpointException as error:
         # What every rank reported, DCP has told to all of them.

@@ -20,6 +20,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, overload
 
+from dist import strict_json
 from dist.folder_files import files_of
 from dist.url_path import Place
 
@@ -42,13 +43,15 @@ def write_commit(
     """
     step, attempt = _step_and_attempt(folder.name)
     commit: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "attempt": attempt}
+    if validation_loss is not None and not math.isfinite(validation_loss):
+        validation_loss = None  # never among the best, and JSON has no NaN
     data = _encode({**commit, "files": files, "validation_loss": validation_loss})
     files_of(folder).publish(COMMIT, data)
 
 
 def read_record(folder: Place) -> dict[str, Any]:
     """The JSON record of a checkpoint."""
-    return dict(json.loads(files_of(folder).read(STATE)))
+    return dict(strict_json.loads(files_of(folder).read(STATE)))
 
 
 @overload

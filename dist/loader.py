@@ -35,7 +35,7 @@ from dist.mesh import PeerFailed, host_group
 from dist.open_shards import OpenShards
 from dist.order import Order, SequentialOrder, num_micro_batches, rank_span
 from dist.skips import SkippingOrder, Skips
-from dist.stages import DerivedOrder
+from dist.stages import LOOK_AHEAD_STEPS, DerivedOrder
 from dist.verify import ShardVerifier
 
 SETTLE_TIMEOUT_S = 60.0
@@ -365,7 +365,7 @@ def training_loader(
         order = DerivedOrder(order, list(removed))
     verifier = ShardVerifier(dataset, split, run / "verified")
     if not dataset.is_remote:  # the cache verifies what it fetches
-        verifier.start(planned_shards(split, order, plan.start_t, 64 * plan.batch))
+        verifier.start(planned_shards(split, order, plan.start_t, LOOK_AHEAD_STEPS * plan.batch))
         stack.callback(verifier.close)
     loader = TokenLoader(
         dataset, split, order, plan, verifier=verifier, agree=Agreement(host_group()),

@@ -78,12 +78,15 @@ class Speed:
     data_share: float
     """Part of the step time in which the rank that waits longest waits for data."""
     communication_share: float | None
-    """Part in which the device waits for other ranks; None where it is not measured."""
+    """Part in which the rank that waits longest waits for others, mean over the steps that were
+    logged; None where it is not measured."""
     outside_share: float
     """Part of the wall time outside of steps: validation and saves."""
     mfu: float | None
     mfu_causal: float | None
     peak_memory_gib: float
+    not_measured: str = ""
+    """Why there is no communication_share."""
 
 
 def token_flops(
@@ -177,7 +180,8 @@ def verdict(speed: Speed, peak: Peak) -> str:
         facts.append(f"no MFU: {peak.source}")
     facts.append(f"data wait {speed.data_share:.0%}")
     if speed.communication_share is None:
-        facts.append("communication not measured")
+        why = f" ({speed.not_measured})" if speed.not_measured else ""
+        facts.append(f"communication not measured{why}")
     else:
         facts.append(f"communication {speed.communication_share:.0%}")
     facts.append(f"outside of steps {speed.outside_share:.0%}")

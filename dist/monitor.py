@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from pytorch_lightning import Callback, Trainer
 from torch.nn.parallel import DistributedDataParallel
 
 from dist.batch import Batch
+from dist.communication import CommunicationClock, why_not_measured
 from dist.loggers import check_loggers, open_loggers
 from dist.meter import (
     MeterConfig,
@@ -30,7 +32,7 @@ from dist.profiling import PROFILE, Window
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
 from dist.run_recorder import RunRecorder
-from dist.watchdog import Watchdog
+from dist.watchdog import Watchdog, watch_run
 
 
 class Monitor(Callback):
@@ -44,6 +46,11 @@ class Monitor(Callback):
         self._started = self._said = 0.0
         # Sums since the start: steps, seconds in steps, seconds of waiting for data, tokens.
         self._steps = self._in_steps_s = self._wait_s = self._tokens = 0.0
+        self._clock: CommunicationClock | None = None
+        self._not_measured = ""
+        # The clock measures the steps that are logged: since when, and what it found.
+        self._sample_since: float | None = None
+        self._shares: list[float] = []
         recorder.more_metrics.append(self._measure)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -51,11 +58,26 @@ class Monitor(Callback):
         self._flops = pl_module.token_flops()
         self._peak = device_peak(trainer.strategy.root_device, self._dtype, self._config)
         self._started = self._said = time.monotonic()
+        parallel = pl_module.config.parallel
+        compiled = getattr(getattr(pl_module, "compiled", None), "name", "off") != "off"
+        self._not_measured = why_not_measured(parallel.strategy, parallel.tp, compiled)
+        by_clock = trainer.world_size > 1 and not isinstance(trainer.model, DistributedDataParallel)
+        if by_clock and not self._not_measured:
+            self._clock = CommunicationClock(trainer.strategy.root_device)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if self._clock is not None and batch.micro == 0 and self._recorder.logs(batch):
+            self._sample_since = time.perf_counter()
+            self._clock.start()
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._say()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        if self._clock is not None:
+            self._clock.stop()
         if not isinstance(exception, Exception):  # stopped on request, or rolled back
             self._say()
 
@@ -63,21 +85,25 @@ class Monitor(Callback):
         """Meter the steps since the last log; all ranks call it together."""
         trainer = self._trainer
         assert trainer is not None and self._flops is not None
-        wait_s = torch.tensor(float(metrics["data_wait_s"]))
-        if trainer.world_size > 1:
-            wait_s = wait_s.to(trainer.strategy.root_device)
-            torch.distributed.all_reduce(wait_s, torch.distributed.ReduceOp.MAX)
         tokens_per_s, step_s = metrics["tokens_per_s"], metrics["step_s"]
+        share = self._communication(trainer, step_s)
+        longest = torch.tensor([float(metrics["data_wait_s"]), -1.0 if share is None else share])
+        if trainer.world_size > 1:
+            longest = longest.to(trainer.strategy.root_device)
+            torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
+        wait_s, share = longest.tolist()
+        if share >= 0.0:
+            self._shares.append(share)
         steps = metrics["steps"]
         self._steps += steps
         self._in_steps_s += steps * step_s
-        self._wait_s += steps * wait_s.item()
+        self._wait_s += steps * wait_s
         self._tokens += steps * step_s * tokens_per_s
         found = {
-            "data_wait_share": min(1.0, wait_s.item() / step_s),
+            "data_wait_share": min(1.0, wait_s / step_s),
             "mfu": mfu(tokens_per_s, self._flops.full, self._peak, trainer.world_size),
             "mfu_causal": mfu(tokens_per_s, self._flops.causal, self._peak, trainer.world_size),
-            "communication_share": self._communication(trainer, step_s),
+            "communication_share": share if share >= 0.0 else None,
             "peak_memory_mib": 1024 * peak_memory_gib(trainer.strategy.root_device),
         }
         if self._config.every_min and time.monotonic() - self._said > 60 * self._config.every_min:
@@ -85,12 +111,20 @@ class Monitor(Callback):
         return {name: value for name, value in found.items() if value is not None}
 
     def _communication(self, trainer: Trainer, step_s: float) -> float | None:
+        """Part of the step that has just ended in which this rank waited for others."""
         if trainer.world_size == 1:
             return 0.0
-        if not isinstance(trainer.model, DistributedDataParallel):
+        if isinstance(trainer.model, DistributedDataParallel):
+            waited_s = ddp_communication_s(trainer.model)
+            return None if waited_s is None else min(1.0, waited_s / step_s)
+        if self._clock is None or self._sample_since is None:
             return None
-        waited_s = ddp_communication_s(trainer.model)
-        return None if waited_s is None else min(1.0, waited_s / step_s)
+        self._clock.stop()
+        # Beside a GPU the host runs ahead: its own seconds say nothing of the step.
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        sampled_s = time.perf_counter() - self._sample_since if on_cpu else step_s
+        self._sample_since = None
+        return min(1.0, self._clock.read_s() / max(sampled_s, 1e-9))
 
     def speed(self) -> Speed | None:
         """The attempt so far; None before its first log."""
@@ -103,7 +137,8 @@ class Monitor(Callback):
         return Speed(
             tokens_per_s=tokens_per_s, step_s=step_s,
             data_share=min(1.0, self._wait_s / self._in_steps_s),
-            communication_share=self._communication(trainer, step_s),
+            communication_share=statistics.mean(self._shares) if self._shares else None,
+            not_measured=self._not_measured,
             outside_share=1.0 - self._in_steps_s / elapsed_s,
             mfu=mfu(tokens_per_s, self._flops.full, self._peak, trainer.world_size),
             mfu_causal=mfu(tokens_per_s, self._flops.causal, self._peak, trainer.world_size),
@@ -133,7 +168,7 @@ class Heartbeats(Callback):
         self._watchdog = watchdog
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._watchdog.start()
+        self._watchdog.start_over()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int
@@ -192,12 +227,11 @@ class ProfileSteps(Callback):
 
 def observers(
     run: RunDir, recorder: RunRecorder, config: Any, ranks: Ranks, stack: ExitStack, *,
-    attempt: int, device: torch.device, dtype: torch.dtype,
+    attempt: int, device: torch.device, dtype: torch.dtype, watchdog: Watchdog | None = None,
 ) -> list[Callback]:  # fmt: skip
     """The callbacks that watch a run, by config.meter, .watchdog, .log and .profile."""
     check_loggers(config.log)
-    watchdog = Watchdog(run, attempt, config.watchdog, rank=ranks.rank, world_size=ranks.world_size)
-    stack.callback(watchdog.close)
+    watchdog = watchdog or watch_run(run, attempt, config.watchdog, ranks, stack)
     if ranks.is_first and (loggers := open_loggers(run, config.log, attempt=attempt)):
         loggers.config(asdict(config))
         recorder.metric_sinks.append(loggers.log)

@@ -11,7 +11,6 @@ lease.json      who writes here now
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -24,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dist import strict_json
 from dist.errors import ConfigError, SetupError
 from dist.lease import Lease
 from dist.local_files import LocalStore, append_line, write_atomic
@@ -148,7 +148,7 @@ class RunDir:
         """
         with self._lock:
             told = bool(self._waiting)
-            self._waiting.append((name, json.dumps(record)))
+            self._waiting.append((name, strict_json.dumps(record)))
             try:
                 self._write_waiting()
             except OSError as error:
@@ -190,7 +190,7 @@ class RunDir:
         records = []
         for line in filter(None, lines):
             try:
-                records.append(json.loads(line))
+                records.append(strict_json.loads(line))
             except ValueError:
                 continue  # torn by a kill; append() starts the next record on a new line
         return records
@@ -204,7 +204,7 @@ class RunDir:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            record = json.loads((self.path / name).read_bytes())
+            record = strict_json.loads((self.path / name).read_bytes())
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -222,7 +222,7 @@ def launched_attempt(run: Path) -> int | None:
 
 
 def _json(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+    return (strict_json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
 
 
 def _environment() -> dict[str, Any]:

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dist import strict_json
 from dist.errors import ConfigError, DataRefused
 from dist.run_dir import RunDir
+from dist.skips import Skips
 
 I64 = NDArray[np.int64]
 
@@ -188,7 +190,9 @@ def read_history(run: RunDir, num_rows: int = 0) -> History:
     config = read_config(run)
     planned = config.get("max_steps")
     if config.get("max_epochs") and num_rows:
+        # As dist.start counts: rows that are left out shorten the epochs.
         end_t = config["max_epochs"] * num_rows
+        end_t -= Skips(last.skipped).left_out_before(end_t)
         planned = last.step0 + -(-(end_t - last.t0) // last.batch)
         if end_t > last.t0:
             segments = (*segments, replace(last, step0=planned, t0=end_t))
@@ -222,10 +226,8 @@ def read_config(run: RunDir, attempt: int | None = None) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a run that may be missing or torn: {} then."""
-    import json
-
     try:
-        record = json.loads(path.read_bytes())
+        record = strict_json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

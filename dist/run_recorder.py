@@ -142,8 +142,13 @@ class RunRecorder(Callback):
             return
         self._consumed(trainer, batch)
         step = batch.step + 1
-        if step % self._log_every_steps == 0 or step == self.end_step or batch.stop:
+        if self.logs(batch):
             self._log(trainer, step, pl_module)
+
+    def logs(self, batch: Batch) -> bool:
+        """Whether metrics are logged after this batch's step."""
+        step = batch.step + 1
+        return step % self._log_every_steps == 0 or step == self.end_step or batch.stop
 
     def _consumed(self, trainer: Trainer, batch: Batch) -> None:
         """A step is done: the run stands after it, and its line is with the kernel."""

@@ -21,6 +21,8 @@ from dist.run_dir import RunDir
 from dist.skips import Skips, merge_ranges
 
 STAGES = "stages.jsonl"
+LOOK_AHEAD_STEPS = 64
+"""Steps whose shards the loader names ahead, also past the end of the run."""
 I64 = NDArray[np.int64]
 
 

@@ -20,7 +20,7 @@ from dist.open_shards import remote_notes
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
 from dist.skips import Skips, read_skipped
-from dist.stages import begin_stage, open_run_dataset, read_stages
+from dist.stages import LOOK_AHEAD_STEPS, begin_stage, open_run_dataset, read_stages
 from dist.url_path import Place, UrlPath, place_of
 from dist.verify import FULL_BELOW_BYTES, check_presence, verify_full
 
@@ -99,6 +99,7 @@ def start_run(
     num_rows = dataset.split("train").num_rows + len(stages.removed)
     end_t = config.max_epochs * num_rows or None
     most = (end_t or config.max_steps * config.global_batch) + num_rows
+    most += LOOK_AHEAD_STEPS * config.global_batch
     skipped = stages.skipped(read_skipped(run), num_rows, config.seed, 2 * most)
     if end_t is not None:
         end_t -= Skips(skipped).left_out_before(end_t)

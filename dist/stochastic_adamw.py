@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -32,6 +33,8 @@ class StochasticAdamW(torch.optim.Optimizer):
     ) -> None:  # fmt: skip
         super().__init__(list(groups), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._state_dtype, self._seed = state_dtype, seed
+        self._parts: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        """By id of a parameter: shape and offset of its local part."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
@@ -65,7 +68,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         spread = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
         new = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
         new -= mean.div(spread).mul_(group["lr"] / (1 - beta1**step))
-        place = _place(parameter)
+        place = _place(parameter, self._parts)
         for role, (target, value) in enumerate(((weight, new), (kept[0], mean), (kept[1], square))):
             if goes is not None:
                 value = torch.where(goes, value, target.float())
@@ -93,14 +96,18 @@ def hashed_bits(place: Tensor, step: Tensor, key: int) -> Tensor:
     return (mixed ^ (mixed >> 16)) & 0xFFFF
 
 
-def _place(parameter: Tensor) -> Tensor:
+def _place(parameter: Tensor, parts: dict[int, Any]) -> Tensor:
     """Index of each local element in the full parameter, flattened; int32, wraps past 2**31."""
     shape, offset = tuple(parameter.shape), (0,) * parameter.ndim
     full = shape
     if isinstance(parameter, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
+        if id(parameter) not in parts:
+            # It reads numbers from tensors of its own: once, and not from fake ones in a plan.
+            with unset_fake_temporarily():
+                parts[id(parameter)] = compute_local_shape_and_global_offset(
+                    parameter.shape, parameter.device_mesh, parameter.placements
+                )
+        shape, offset = parts[id(parameter)]
     place = torch.zeros((), dtype=torch.int32, device=_local(parameter).device)
     stride = 1
     for dim in reversed(range(len(full))):

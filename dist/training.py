@@ -31,7 +31,9 @@ from dist.run_dir import RunDir
 from dist.run_guard import RunGuard, run_attempts
 from dist.run_recorder import RunRecorder
 from dist.start import Start
+from dist.start_watch import cancel_start_watch, watch_start
 from dist.strategies import StepTimeout
+from dist.watchdog import Watchdog
 
 Config = TypeVar("Config")
 
@@ -59,7 +61,7 @@ def decide_numerics(config: Any, device: torch.device) -> Numeric:
 def run_callbacks(
     run: RunDir, start: Start, config: Any, ranks: Ranks, stack: ExitStack, *,
     dataset: Dataset, loader: TokenLoader, state: OrderState, guard: Guard, numeric: Numeric,
-    device: torch.device, may_change: tuple[str, ...],
+    device: torch.device, may_change: tuple[str, ...], watchdog: Watchdog | None = None,
 ) -> tuple[RunRecorder, list[Callback]]:  # fmt: skip
     """The recorder, and all callbacks in the order that they need: records, guard, checkpoints
     (so that nothing is saved that was not judged), then what only watches."""
@@ -86,6 +88,7 @@ def run_callbacks(
     watching = observers(
         run, recorder, config, ranks, stack,
         attempt=start.attempt, device=device, dtype=numeric.precision.compute_dtype,
+        watchdog=watchdog,
     )  # fmt: skip
     timeout = StepTimeout(config.parallel.step_timeout_s)
     numerics = Numerics(run, start.attempt, kernels)
@@ -109,6 +112,12 @@ def main_of(
         if ranks.is_first:
             raise
         return error.exit_code
+    watchdog = getattr(config, "watchdog", None)
+    if watchdog is not None:
+        name = str(getattr(config, "run", ""))
+        folder = Path(name) if "/" in name else Path(getattr(config, "run_root", "")) / name
+        limit_s = watchdog.start_timeout_s if watchdog.timeout_s else 0.0
+        watch_start(limit_s, ranks, folder if name else None)
     try:
         code = run_attempts(run, config, ranks)
     except PeerFailed as error:
@@ -116,6 +125,8 @@ def main_of(
     except Exception as error:
         end_if_peer_lost(error)
         raise
+    finally:
+        cancel_start_watch()
     if ranks.world_size > 1:
         # All is written. A gather thread may sit in an all-reduce of a step that nobody takes:
         # destroying its group, or the interpreter, under it is an abort now and then.

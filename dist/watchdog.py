@@ -10,8 +10,11 @@ what the others wrote, and the first of them writes the outcome `hung` with the 
     not waiting for other ranks   in Python code, in data, in a library
     all wait, or none does        those with the least progress
 
-Then every rank that can ends itself; torchrun's agent ends the others. Where Python is blocked
-(C code that keeps the interpreter's lock) faulthandler's own thread writes the stacks.
+Then every rank that can ends itself with code 1; torchrun's agent ends the others. Where Python is
+blocked (C code that keeps the interpreter's lock) or the process is stopped, no thread can: a
+process beside each rank (dist.hang_watcher) writes the outcome and kills it, code 137. Time-outs
+count from the moment that the attempt has its number: data, model, compilation. Before that (the
+first meeting of ranks, opening the run) watch_start() ends a rank, with its stacks on stderr.
 """
 
 from __future__ import annotations
@@ -22,28 +25,24 @@ import os
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from dist.drain import end_process
 from dist.errors import ConfigError
+from dist.hang_stacks import at_fault, hang_text, stack_of, waits_for_others
+from dist.hang_watcher import STACKS_SIGNAL, start_watcher
 from dist.local_files import create_exclusive, write_atomic
+from dist.ranks import Ranks
 from dist.run_dir import RunDir
+from dist.start_watch import EXIT_HUNG, cancel_start_watch
 
-EXIT_HUNG = 1
-NO_HEARTBEAT = "no heartbeat: stopped, dead, or Python blocked"
-# Where a thread waits for other ranks: files of torch, and functions of ours.
-_WAITING_FILES = ("torch/distributed/", "torch/autograd/", "torch/_ops.py", "torch/nn/parallel/")
-_WAITING_CALLS = (("checkpoint_callback.py", "_settle"), ("checkpoint.py", "wait"))
-_LOADER = "dist/loader.py"
-_FULL = ("put", "wait_begun")
 _SAVING_FILES = ("dist/checkpoint_callback.py", "dist/checkpoint.py")
 
 
@@ -88,9 +87,11 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._main = threading.main_thread().ident
         self._stacks: Any = None
+        self._watcher: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start to watch; does nothing if the watchdog is off."""
+        """Start to watch; does nothing if the watchdog is off or watches already."""
+        cancel_start_watch()
         if not self._config.timeout_s or self._thread is not None:
             return
         for folder in (self._beats, self._hang):
@@ -100,20 +101,32 @@ class Watchdog:
         self._write_beat(0.0)  # a rank that is stopped before its first interval has a host too
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+        faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True, chain=False)
+        self._watcher = start_watcher(
+            self._run.path, self._attempt, self._beats / str(self._rank), self._hang, self._rank,
+            self._config.interval_s,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Stop to watch."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join(timeout=2 * self._config.interval_s)
-            faulthandler.cancel_dump_traceback_later()
+            if self._watcher is not None and self._watcher.stdin is not None:
+                self._watcher.stdin.close()
+                self._watcher.wait(10.0)
+            faulthandler.unregister(STACKS_SIGNAL)
             self._stacks.close()
-            self._thread = None
+            self._thread = self._watcher = None
 
     def beat(self, step: int, phase: str) -> None:
         """The rank goes on: it enters a phase of a step."""
         self._progress += 1
         self.step, self._phase, self._since = step, phase, time.monotonic()
+
+    def start_over(self) -> None:
+        """Start-up is over: what is timed from here on are steps."""
+        self._since = time.monotonic()
 
     def step_done(self) -> None:
         """An optimizer step has ended; its time sets the time-out of slow models."""
@@ -138,13 +151,12 @@ class Watchdog:
             idle_s = now - self._since
             self._write_beat(idle_s)
             limit_s = self.timeout_s()
-            # Re-armed by every heartbeat: it fires only where this thread cannot run.
-            faulthandler.dump_traceback_later(2 * limit_s, file=self._stacks)
             if idle_s > limit_s and idle_s > self.timeout_s(saving=self._saving()):
                 self._end(idle_s)
 
     def _write_beat(self, idle_s: float) -> None:
-        beat = {**self._describe(idle_s), "time": time.time()}
+        limit_s = self.timeout_s(saving=self._saving())
+        beat = {**self._describe(idle_s), "time": time.time(), "limit_s": limit_s}
         try:
             # Not atomic: a reader of a torn line takes the next one.
             (self._beats / str(self._rank)).write_text(json.dumps(beat))
@@ -224,71 +236,14 @@ def kill_sibling(pid: int) -> bool:
     return True
 
 
-def stack_of(frame: FrameType | None) -> list[tuple[str, str, int]]:
-    """(file, function, line) of a frame and its callers, innermost first."""
-    if frame is None:
-        return []
-    walked = traceback.walk_stack(frame)
-    return [(one.f_code.co_filename, one.f_code.co_name, line) for one, line in walked]
-
-
-def waits_for_others(
-    main: list[tuple[str, str, int]], loaders: list[list[tuple[str, str, int]]]
-) -> tuple[bool, str]:
-    """Whether a rank's stacks say that it waits for other ranks, and its innermost place.
-
-    A main thread that waits for data stands where a loader's thread stands: one that does not
-    itself wait for the main thread to take what it has (validation data, read ahead).
-    """
-    stack = main
-    if any(f.endswith(_LOADER) and name == "get" for f, name, _ in main):
-        empty = [one for one in loaders if not any(name in _FULL for _, name, _ in one)]
-        stack = (empty or loaders or [main])[0]
-    if not stack:
-        return False, "no Python frame"
-    # threading.wait and the like are where a place of ours waits, not where it is.
-    named = [one for one in stack if "/threading.py" not in one[0] and "/queue.py" not in one[0]]
-    file, function, line = (named or stack)[0]
-    waiting = any(part in file for part in _WAITING_FILES) or any(
-        file.endswith(name) and function == call for name, call in _WAITING_CALLS
-    )
-    return waiting, f"{file}:{line} in {function}"
-
-
-def at_fault(
-    reports: dict[int, dict[str, Any]], before: dict[int, dict[str, Any]],
-    after: dict[int, dict[str, Any]], world_size: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The ranks that hang: without a heartbeat, else not waiting for others, else behind.
-
-    reports: what ranks wrote at their time-out; before, after: heartbeats some intervals apart.
-    """
-    silent = [
-        {**after.get(rank, {"rank": rank}), "where": NO_HEARTBEAT}
-        for rank in range(world_size)
-        if rank not in reports
-        and before.get(rank, {}).get("time") == after.get(rank, {}).get("time")
-    ]
-    if silent:
-        return silent
-    known = [one for _, one in sorted({**after, **reports}.items())]
-    busy = [one for one in known if not one["waits_for_others"]]
-    if busy and (len(busy) < len(known) or world_size == 1):
-        return busy
-    least = min(one["progress"] for one in known)
-    return [one for one in known if one["progress"] == least]
-
-
-def hang_text(guilty: list[dict[str, Any]], folder: Path) -> str:
-    """Who hangs, in one line."""
-    named = "; ".join(
-        f"rank {one['rank']} on {one.get('host', 'an unknown host')} hangs in step "
-        f"{one.get('step', '?')}, {one.get('phase', 'start')} ({one['where']})"
-        for one in guilty[:4]
-    )
-    more = f" and {len(guilty) - 4} more ranks" if len(guilty) > 4 else ""
-    then = "the same command goes on from the newest checkpoint"
-    return f"{named}{more}; stacks are in {folder}; {then}"
+def watch_run(
+    run: RunDir, attempt: int, config: WatchdogConfig, ranks: Ranks, stack: ExitStack
+) -> Watchdog:
+    """A watchdog that has begun, over the rest of the start too; closed with `stack`."""
+    watchdog = Watchdog(run, attempt, config, rank=ranks.rank, world_size=ranks.world_size)
+    stack.callback(watchdog.close)
+    watchdog.start()
+    return watchdog
 
 
 def _read_all(paths: Any) -> dict[int, dict[str, Any]]:

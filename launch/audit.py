@@ -123,6 +123,9 @@ def who_saw_text(answer: Answer) -> str:
             f"{one.world_size}  micro-batch {one.micro} row {one.index}  {state}  "
             f"({ref.shard[:8]}:{ref.row_in_shard})"
         )
+    for row, digest in sorted(answer.removed.items())[:SHOWN_LINES]:
+        lines.append(f"  train:{row:<8} removed: not in the version {digest[:12]} that the run "
+                     "went on with (--switch_data)")  # fmt: skip
     if len(answer.sightings) > SHOWN_LINES:
         lines.append(f"  ... {len(answer.sightings) - SHOWN_LINES:,} more; --json prints all")
     done = sum(one.consumed for one in answer.sightings)

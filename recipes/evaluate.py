@@ -11,7 +11,6 @@ final validation loss. A run keeps the result as eval.json.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist import strict_json
 from dist.attention import packed_info
 from dist.batch import Batch
 from dist.dataset import Dataset, SplitTable, open_dataset
@@ -127,7 +127,7 @@ def run(config: Config) -> dict[str, Any]:
         "sources": by_source(sums, source_names(dataset, len(sums))),
     }
     if place.is_run:
-        text = json.dumps(result, indent=1, sort_keys=True) + "\n"
+        text = strict_json.dumps(result, indent=1, sort_keys=True) + "\n"
         RunDir(place.path).write("eval.json", text.encode())
     return result
 
@@ -151,7 +151,7 @@ def run_harness(config: Config) -> dict[str, Any]:
         "tasks": tasks,
     }
     if place.is_run:
-        text = json.dumps(result, indent=1, sort_keys=True) + "\n"
+        text = strict_json.dumps(result, indent=1, sort_keys=True) + "\n"
         RunDir(place.path).write("eval_tasks.json", text.encode())
     return result
 
@@ -330,7 +330,7 @@ def main() -> int:
     config = parse_words(Config, sys.argv[1:], verb="eval", description=__doc__ or "")
     result = run_harness(config) if config.tasks else run(config)
     show = tasks_table if config.tasks else table
-    print(json.dumps(result, indent=1, sort_keys=True) if config.json else show(result))
+    print(strict_json.dumps(result, indent=1, sort_keys=True) if config.json else show(result))
     return 0
 
 

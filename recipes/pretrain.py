@@ -58,7 +58,7 @@ from dist.sharding import ParallelConfig, arrange, clip_grad_norm, shard_fsdp
 from dist.start import DataConfig, failure_recorded, start_run, summary_line
 from dist.strategies import LeydenEnvironment, make_strategy
 from dist.training import decide_numerics, main_of, run_callbacks
-from dist.watchdog import WatchdogConfig
+from dist.watchdog import WatchdogConfig, watch_run
 from recipes import llama
 
 # What a run may change when it goes on; anything else would make it another run. A dataset may
@@ -268,6 +268,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             print(f"{run.path} is done: {summary_line(start.outcome)}")
         return 0
     config = replace(config, max_steps=start.max_steps)  # those of max_epochs, if given
+    watchdog = watch_run(run, start.attempt, config.watchdog, ranks, stack)
     with failure_recorded(run, start.attempt, ranks):
         # Data: from the sample where the run stands.
         dataset = open_dataset(start.data, config.data.cache())
@@ -302,7 +303,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         auto.loaders = [loader] if validation is None else [loader, validation]
         recorder, callbacks = run_callbacks(
             run, start, config, ranks, stack, dataset=dataset, loader=loader, state=state,
-            guard=guard, numeric=numeric, device=device, may_change=MAY_CHANGE,
+            guard=guard, numeric=numeric, device=device, may_change=MAY_CHANGE, watchdog=watchdog,
         )  # fmt: skip
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",

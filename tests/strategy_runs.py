@@ -6,6 +6,7 @@ processes and the import of DeepSpeed cost more than twenty steps.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 
 # (kind, folder, source folder, changes); see play().
 Job = tuple[str, str, str, dict[str, Any]]
@@ -33,9 +35,11 @@ def config(url: str, folder: str, changes: dict[str, Any]) -> Any:
     settings = {
         "precision": "fp32", "global_batch": 8, "micro_batch": 8, "max_steps": 20,
         "log_every_steps": 1, "save_every_steps": 0, "val_rows": 8, "async_save": False,
-        "keep": 9, **changes,
+        "keep": 9, **{key: value for key, value in changes.items() if key != "backend"},
         "data": DataConfig(url=url), "model": ModelConfig(**model), "run": folder,
-        "optim": OptimConfig(lr=3e-3, warmup_steps=2),
+        "optim": OptimConfig(
+            lr=3e-3, warmup_steps=2, stochastic_rounding=changes.get("precision") == "bf16-true"
+        ),
         "parallel": ParallelConfig(**changes["parallel"]),
     }  # fmt: skip
     return Config(**settings)
@@ -48,20 +52,34 @@ def play(url: str, jobs: list[Job]) -> list[int]:
     after step 3. `reload`: as resume, but what was loaded is saved again in `folder`/again, and
     the run stops.
     """
+    import dist.compile
     from dist.ranks import Ranks
     from recipes.pretrain import run
 
     codes = []
+    compile_forward = dist.compile._compile_forward
     for kind, folder, source, changes in jobs:
         if kind != "train":
             if torch.distributed.get_rank() == 0:
                 copy_at_step_3(Path(source), Path(folder))
             torch.distributed.barrier()
+        torch._dynamo.reset()  # each run compiles as a process of its own would
+        backend = changes.get("backend")
+        dist.compile._compile_forward = (  # type: ignore[assignment]
+            functools.partial(with_backend, compile_forward, backend)
+            if backend
+            else compile_forward
+        )
         with ExitStack() as stack:
             if kind == "reload":
                 stack.enter_context(saved_again(Path(folder)))
             codes.append(run(config(url, folder, changes), Ranks.from_environment(), stack))
     return codes
+
+
+def with_backend(compile_forward: Any, backend: str, module: Any, _: str) -> None:
+    """Compile a forward by another backend than the recipe's."""
+    compile_forward(module, backend)
 
 
 def copy_at_step_3(source: Path, folder: Path) -> None:

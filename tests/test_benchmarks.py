@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +16,8 @@ import numpy as np
 import pytest
 
 from benchmarks import run_all
+from benchmarks.gpu_data import write_text_dataset
+from dist.verify import verify_full
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
@@ -30,10 +36,46 @@ def test_the_page_cites_files_that_exist() -> None:
 
 def test_bench_runs_every_benchmark() -> None:
     """A new benchmark that `make bench` leaves out."""
-    helpers = {"run_all", "by_hand", "peer_env", "__init__"}
+    helpers = {"run_all", "by_hand", "peer_env", "gpu_data", "__init__"}
     names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - helpers
     assert names == set(run_all.FIGURES)
     assert "benchmarks.run_all" in (ROOT / "Makefile").read_text()
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
+    """The one command for a GPU machine that fails there, minutes after it was rented."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--config", "tiny"]
+    command += ["--steps", "3", "--cases", "bf16-mixed", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    case = record["bf16-mixed"]
+    assert case["tokens_per_s"] > 0 and 0 < case["mfu_causal"] <= case["mfu"] < 1
+    assert case["peak_memory_bytes"] > case["plan"]["peak_bytes"] > 0
+    assert len(case["top_costs"]) == 10 and Path(case["trace"]).is_file()
+    assert "| bf16-mixed | " in done.stdout and "aten::" in done.stdout
+
+
+def test_the_gpu_benchmark_says_that_there_is_none() -> None:
+    """A traceback, or figures of a CPU under the title of a GPU."""
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, env=hidden, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == run_all.NOT_HERE and done.stderr.count("\n") == 1
+    assert "no CUDA device" in done.stderr
+
+
+def test_gpu_data_is_the_same_everywhere(tmp_path: Path) -> None:
+    """Figures of two machines on other tokens; rows that repeat within the measured steps."""
+    found = [
+        write_text_dataset(tmp_path / name, vocab_size=512, seq_len=32, num_rows=600)
+        for name in ("one", "other")
+    ]
+    assert found[0].data_digest == found[1].data_digest
+    assert found[0].split("train").num_rows >= 600
+    verify_full(found[0])
 
 
 @pytest.fixture(scope="module")

@@ -154,3 +154,13 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path: Path, precision:
     for max_steps in (2, 4):
         assert run_ranks(train, 2, 240, url, str(cut), precision, max_steps) == [0, 0]
     assert saved(whole) == saved(cut)
+
+
+def test_a_run_with_it_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """A place in the full parameter that is read from a tensor: fake ones hold no numbers."""
+    from recipes.plan import main
+
+    words = ["pretrain", "--config", "tiny", "--vocab_size", "512", "--seq_len", "64", "--json"]
+    words += ["--precision", "bf16-true", "--parallel.strategy", "fsdp", "--ranks", "2"]
+    assert main([*words, "--optim.stochastic_rounding", "true"]) == 0
+    assert '"precision": "bf16-true"' in capsys.readouterr().out

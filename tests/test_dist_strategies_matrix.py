@@ -1,8 +1,9 @@
 """The same twenty steps under every strategy: one process's losses, weights and moments.
 
-Each strategy is crossed pairwise with activation checkpointing and accumulation. `pytest` runs
-one cell of each strategy, LEYDEN_ALL_CELLS=1 all of them; LEYDEN_WRITE_MATRIX=1 writes the table
-into docs/strategies.md.
+Each strategy is crossed pairwise with activation checkpointing and accumulation, some with
+torch.compile. `pytest` runs one cell of each strategy, LEYDEN_ALL_CELLS=1 all of them;
+LEYDEN_CELLS=REGEX only cells of these names; LEYDEN_WRITE_MATRIX=1 writes the table into
+docs/strategies.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from dist.compile import toolchain_problem
 from dist.dataset import Dataset
 from tests.make_dataset import write_dataset
 from tests.run_ranks import run_ranks
@@ -35,6 +37,19 @@ STRATEGIES: dict[str, tuple[int, int, dict[str, Any]]] = {
     **{name: (2, 2, config) for name, config in ZERO.items()},
     "ZeRO-2, offload": (2, 2, {**ZERO["ZeRO-2"], "offload_optimizer": True}),
 }
+# Compiled by the same passes without code of its own (aot_eager), or as runs do (inductor).
+COMPILED = {"compile": "blocks", "backend": "aot_eager"}
+INDUCTOR = {"compile": "blocks"}
+COMPILE: dict[str, dict[str, Any]] = {
+    "ddp, compiled": COMPILED,
+    "fsdp, compiled": COMPILED,
+    **({} if not ALL or toolchain_problem(torch.device("cpu")) else {
+        "ddp, compiled by inductor": INDUCTOR, "fsdp, compiled by inductor": INDUCTOR,
+        "hsdp 2x2, compiled by inductor": INDUCTOR, "tp 2, compiled by inductor": INDUCTOR,
+        "ddp, compiled by inductor as a whole": {"compile": "model"},
+    }),
+}  # fmt: skip
+STRATEGIES |= {name: STRATEGIES[name.partition(", comp")[0]] for name in COMPILE}
 # (activation checkpointing, micro-batches a step) -> whether only LEYDEN_ALL_CELLS runs it.
 PAIRS = (("full", 2), ("none", 1), ("none", 2), ("full", 1))
 REFERENCE = ("one process", "none", 1)
@@ -45,6 +60,10 @@ CELLS = [
     if (number == 0 or (ALL and number < 3)) and name != "ZeRO-2, offload"
 ]
 CELLS += [("ZeRO-2, offload", "none", 2)]
+if ALL:
+    # One pair is enough for the slow ones.
+    CELLS = [cell for cell in CELLS if "inductor" not in cell[0] or cell[1:] == PAIRS[0]]
+CELLS = [cell for cell in CELLS if re.search(os.environ.get("LEYDEN_CELLS", ""), cell[0])]
 # What sums in another order cost in 20 steps of fp32, relative; ten times what was measured.
 FIRST_LOSSES, ALL_LOSSES, WEIGHTS, MOMENTS = 1e-5, 1e-5, 1e-4, 1e-4
 measured: dict[Any, tuple[float, ...]] = {}
@@ -71,14 +90,14 @@ def runs(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ranks, dp, parallel = STRATEGIES[name]
         changes = {
             "parallel": parallel, "activation_checkpointing": checkpointing,
-            "micro_batch": 8 // (dp * accumulation),
+            "micro_batch": 8 // (dp * accumulation), **COMPILE.get(name, {}),
         }  # fmt: skip
         worlds[ranks].append(("train", str(folder_of(root, cell)), "", changes))
     for ranks, parallel in ((1, {"strategy": "ddp"}), (2, {"strategy": "tp"})):
         dropout = {"parallel": parallel, "model": {"residual_dropout": 0.2}}
         worlds[ranks].append(("train", str(root / f"dropout-{ranks}"), "", dropout))
     for ranks, jobs in worlds.items():
-        codes = run_ranks(play, ranks, 280, dataset.storage.url, jobs)
+        codes = run_ranks(play, ranks, 880 if ALL else 280, dataset.storage.url, jobs)
         assert codes == [[0] * len(jobs)] * ranks
     return root
 

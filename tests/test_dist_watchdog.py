@@ -12,8 +12,9 @@ import pytest
 
 from dist.dataset import Dataset
 from dist.errors import ConfigError
+from dist.hang_stacks import at_fault, waits_for_others
 from dist.run_dir import RunDir
-from dist.watchdog import Watchdog, WatchdogConfig, at_fault, waits_for_others
+from dist.watchdog import Watchdog, WatchdogConfig
 from tests.make_dataset import write_dataset
 from tests.rank_processes import World
 

@@ -22,6 +22,8 @@ FLOORS: dict[int, set[str]] = {
     0: {
         *{"devices", "errors", "file_locks", "lease", "local_files", "manifest", "model_folder"},
         *{"ranks", "run_dir", "stamps", "url_path", "versions"},
+        *{"devices", "errors", "lease", "local_files", "manifest", "model_folder"},
+        *{"ranks", "run_dir", "strict_json", "trace_summary", "url_path", "versions"},
     },
     1: {
         *{"audit", "baselines", "commit", "config", "dataset", "lineage", "mixture", "order"},
@@ -43,11 +45,13 @@ FLOORS: dict[int, set[str]] = {
     2: {
         *{"activation", "attention", "batch", "checkpoint", "checkpoint_files", "drain"},
         *{"checkpoint_url", "deepspeed_zero", "hf_weights", "tensor_parallel"},
+        *{"hang_stacks", "hang_watcher", "start_watch"},
         *{"export_hf", "guard", "initialise", "loader", "loss", "mesh", "meter", "optim"},
         *{"precision", "profiling", "randomness", "sharding", "start", "training_step", "watchdog"},
         *{"local_device", "memory_plan", "memory_trace", "op_cost", "plan_text", "pretend"},
         *{"step_time"},
         *{"compile", "gradient_scaler", "lora", "micro_batch", "stochastic_adamw"},
+        *{"communication", "compile", "gradient_scaler", "micro_batch", "stochastic_adamw"},
     },
     3: {
         *{"checkpoint_callback", "lightning_plugins", "run_recorder", "strategies"},

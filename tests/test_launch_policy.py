@@ -31,6 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
         (Ended(rc=0, status="stopped", progress=(True,)), AGAIN),
         (Ended(rc=0, status="stopped", progress=(True,), cancelled=True), DONE),
         (Ended(rc=1, status="failed", progress=(True,)), RETRY),
+        (Ended(rc=1, status="hung", progress=(True,)), RETRY),
+        # Its rank could not run Python and was killed.
+        (Ended(rc=137, status="hung", progress=(False,)), RETRY),
         (Ended(rc=137, progress=(True,)), RETRY),
         (Ended(rc=137, progress=(False, False)), RETRY),
         (Ended(rc=137, progress=(False, False, False)), NEVER),

@@ -1,0 +1,123 @@
+"""A process beside each rank, for hangs in which the rank's own watchdog thread cannot run.
+
+    python -S -m dist.hang_watcher JSON      started by dist.watchdog; ends with its rank
+
+C code that keeps the interpreter's lock, or a stopped process, silences every Python thread: the
+heartbeat stands still. When it has done so for the rank's time-out, this process asks the rank's
+faulthandler for the stacks (its signal handler is C and needs no lock), writes the outcome `hung`
+and kills the rank. Only the standard library; 10 MB and no CPU time to speak of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+STACKS_SIGNAL = signal.SIGUSR2
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
+_DUMP_S = 2.0
+
+
+def start_watcher(
+    run: Path, attempt: int, beat: Path, hang: Path, rank: int, interval_s: float
+) -> subprocess.Popen[bytes]:
+    """Watch this process; close the watcher's stdin to end it."""
+    words = {
+        "run": str(run.absolute()), "attempt": attempt, "beat": str(beat.absolute()),
+        "hang": str(hang.absolute()), "rank": rank, "interval_s": interval_s, "pid": os.getpid(),
+    }  # fmt: skip
+    root = str(Path(__file__).resolve().parent.parent)
+    # A Ctrl-C or SIGTERM for the ranks is not for it.
+    return subprocess.Popen(
+        [sys.executable, "-S", "-m", "dist.hang_watcher", json.dumps(words)],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=root, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+
+
+def watch(words: dict[str, Any]) -> None:
+    """Until the rank has ended, or has been ended."""
+    interval_s, pid, beat = float(words["interval_s"]), int(words["pid"]), Path(words["beat"])
+    seen: Any = None
+    limit_s = float("inf")
+    since = woke = time.monotonic()
+    while os.getppid() == pid:
+        if select.select([0], [], [], interval_s)[0]:
+            return  # closed: by the watchdog, or by the rank's end
+        now = time.monotonic()
+        if now - woke > 3 * interval_s:
+            since += now - woke  # this process was stopped too (a suspended job)
+        woke = now
+        found = _read(beat)
+        if found and found.get("time") != seen:
+            seen, since, limit_s = found["time"], now, float(found["limit_s"])
+        # The rank's own thread comes first wherever it can run.
+        if now - since > limit_s + 3 * interval_s:
+            end_rank(words, now - since)
+            return
+
+
+def end_rank(words: dict[str, Any], silent_s: float) -> None:
+    """Say where the rank is blocked, write the outcome if no rank has, and kill it."""
+    from dist.hang_stacks import NO_HEARTBEAT, hang_text
+    from dist.local_files import create_exclusive, write_atomic
+    from dist.run_dir import RunDir
+
+    pid, rank, hang = int(words["pid"]), int(words["rank"]), Path(words["hang"])
+    try:
+        where = blocked_at(pid, hang / f"rank-{rank}.txt")
+        mine = {
+            **(_read(Path(words["beat"])) or {"rank": rank}),
+            "where": f"{NO_HEARTBEAT}{where and f', at {where}'}", "waits_for_others": False,
+        }  # fmt: skip
+        write_atomic(hang / f"rank-{rank}.json", json.dumps(mine).encode())
+        text = hang_text([mine], hang)
+        print(f"error: rank {rank}: no sign of life for {silent_s:.0f} s; {text}", file=sys.stderr)
+        if create_exclusive(hang / "verdict.json", json.dumps([mine]).encode()):
+            RunDir(words["run"]).write_outcome(
+                words["attempt"], "hung", error=text, step=mine.get("step", 0), at_fault=[mine]
+            )
+    except Exception as error:  # whatever happens here, the rank must end
+        print(f"error: the watcher of rank {rank} failed: {error!r}", file=sys.stderr)
+    if os.getppid() == pid:
+        os.kill(pid, signal.SIGKILL)
+
+
+def blocked_at(pid: int, stacks: Path) -> str:
+    """Innermost Python frame of the rank's main thread, by its faulthandler; '' if it is silent."""
+    size = stacks.stat().st_size
+    os.kill(pid, STACKS_SIGNAL)
+    deadline = time.monotonic() + _DUMP_S
+    while time.monotonic() < deadline and stacks.stat().st_size == size:
+        time.sleep(0.05)
+    time.sleep(0.05)
+    return innermost(stacks.read_text(errors="replace")[size:])
+
+
+def innermost(dump: str) -> str:
+    """`file:line in function` of the main thread, which faulthandler writes last."""
+    threads = re.split(r"^(?:Current t|T)hread 0x.*$", dump, flags=re.MULTILINE)
+    found = _FRAME.search(threads[-1])
+    return f"{found[1]}:{found[2]} in {found[3]}" if found else ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}  # torn, or just being written
+    return record if isinstance(record, dict) else {}
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    watch(json.loads(sys.argv[1]))
