@@ -50,6 +50,10 @@ class Request:
     """One srun task a rank instead of torchrun's agent on each node."""
     lead_s: int = LEAD_DEFAULT_S
     """Seconds before the time limit at which the job is told to stop."""
+    prep: str = ""
+    """Record of the prep job on whose commit the run trains (launch.after_prep); '' for none."""
+    dependency: str = ""
+    """Of the job, such as afterany:12."""
 
 
 def job_name(run_dir: str) -> str:
@@ -78,8 +82,8 @@ def p99(values: Sequence[float]) -> float | None:
 def sbatch_text(request: Request, cluster: Cluster, template: str | None = None) -> str:
     """The whole script. ConfigError for a value that sbatch would not read as it stands."""
     text = TEMPLATE.read_text() if template is None else template
-    text = _replace(text, "request", request_lines(request, cluster))
-    return _replace(text, "settings", settings_lines(request, cluster))
+    text = replace_part(text, "request", request_lines(request, cluster))
+    return replace_part(text, "settings", settings_lines(request, cluster))
 
 
 def request_lines(request: Request, cluster: Cluster) -> list[str]:
@@ -102,16 +106,23 @@ def request_lines(request: Request, cluster: Cluster) -> list[str]:
     }
     lines = [f"--{name}={value}" for name, value in options.items() if value != ""]
     lines += ["--requeue"] if request.chain == "requeue" else ["--no-requeue"]
-    lines += ["--dependency=singleton"] if request.chain == "singleton" else []
+    after = ["singleton"] if request.chain == "singleton" else []
+    after += [request.dependency] if request.dependency else []
+    lines += [f"--dependency={','.join(after)}"] if after else []
     lines += ["--exclusive"] if cluster.exclusive else []
     lines += cluster.sbatch
-    for line in lines:
+    return sbatch_lines(lines)
+
+
+def sbatch_lines(options: Sequence[str]) -> list[str]:
+    """#SBATCH lines; ConfigError for an option that sbatch would misread."""
+    for line in options:
         if not line.startswith("-") or not _PLAIN.fullmatch(line):
             raise ConfigError(
                 f"sbatch cannot be given {line!r} in a script: an option is one word without "
                 "blanks, quotes, # or $; use another name, or put it into `setup:`"
             )
-    return [f"#SBATCH {line}" for line in lines]
+    return [f"#SBATCH {line}" for line in options]
 
 
 def log_pattern(run_dir: str) -> str:
@@ -132,6 +143,7 @@ def settings_lines(request: Request, cluster: Cluster) -> list[str]:
         "NPROC": str(request.nproc),
         "CORES_PER_RANK": str(cluster.cpus_per_task),
         "JOIN_TIMEOUT_S": str(cluster.join_timeout_s),
+        "PREP": request.prep,
     }
     lines = [f"{name}={quote(value)}" for name, value in settings.items()]
     if log_pattern(request.run_dir):
@@ -140,7 +152,7 @@ def settings_lines(request: Request, cluster: Cluster) -> list[str]:
         lines.append(f'LOG={quote(request.run_dir + "/slurm-")}"$SLURM_JOB_ID.out"')
     lines += [f"MODULE={'1' if module else ''}", f"TARGET={quote(request.target)}"]
     lines += ["ARGUMENTS=("]
-    lines += [f"  {words}" for words in _by_option(request.arguments)]
+    lines += [f"  {words}" for words in quoted_lines(request.arguments)]
     lines += [")", "SETUP() {", "  :"]
     # Not indented: a here-document among them would change.
     lines += [line for one in cluster.setup for line in one.splitlines()]
@@ -154,7 +166,7 @@ def quote(text: str) -> str:
     return shlex.quote(text)
 
 
-def _by_option(words: Sequence[str]) -> list[str]:
+def quoted_lines(words: Sequence[str]) -> list[str]:
     """Quoted words, an option and its value on one line."""
     lines: list[list[str]] = []
     for word in words:
@@ -164,7 +176,7 @@ def _by_option(words: Sequence[str]) -> list[str]:
     return [" ".join(line) for line in lines]
 
 
-def _replace(text: str, part: str, lines: Sequence[str]) -> str:
+def replace_part(text: str, part: str, lines: Sequence[str]) -> str:
     """The text with the lines of a marked part replaced; its markers go."""
     before, _, rest = text.partition(f"# >>> {part}\n")
     _, found, after = rest.partition(f"# <<< {part}\n")

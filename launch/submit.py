@@ -9,15 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dist.errors import ConfigError, SetupError
+from launch.after_prep import check_data, dependency, find_prep
 from launch.cli import nearest
 from launch.cluster_config import Cluster, load_cluster
 from launch.cluster_facts import measured
 from launch.lint import check_script, script_facts
 from launch.live_jobs import refuse_if_live
+from launch.prep_slurm import prep_root
 from launch.slurm import Request, job_name, sbatch_text, signal_lead_s
 from launch.snapshot import Code, take_snapshot
 from launch.submit_record import Submit, add_submit, submitting
-from launch.train import find_target, fresh_name, replace_run, split_arguments
+from launch.train import find_target, fresh_name, replace_run, split_arguments, value_of
 
 CHAINS = ("requeue", "singleton")
 
@@ -27,7 +29,7 @@ def help_text() -> str:
     return (
         "usage: leyden submit RECIPE|FILE.py --cluster FILE.yaml [--nodes N] [--nproc N]\n"
         "                     [--chain requeue|singleton] [--srun-per-rank] [--fresh]\n"
-        "                     [--dry-run] [--config NAME] [--key v ...]\n\n"
+        "                     [--after-prep JOB] [--dry-run] [--config NAME] [--key v ...]\n\n"
         "Submits a run to Slurm with the arguments of `leyden train`. The job drains before its\n"
         "time limit or a preemption, is requeued, and goes on exactly where it was, until the run\n"
         "is done; three attempts in a row without a new checkpoint end it (exit code 93).\n\n"
@@ -38,6 +40,8 @@ def help_text() -> str:
         "                     one after the other, where requeueing is switched off\n"
         "  --srun-per-rank    one srun task a rank instead of torchrun's agent on each node\n"
         "  --run NAME         the run's folder; the run is known by it, never by a job id\n"
+        "  --after-prep JOB   wait for a `leyden prep --cluster` (its job id, or the dataset that\n"
+        "                     it writes) and train on the version that it committed\n"
         "  --allow L09,...    submit although these checks refuse it\n"
         "  --dry-run          print the script and what the checks say; submit nothing\n"
         "  --                 everything after it goes to the recipe, even the names above\n\n"
@@ -57,6 +61,8 @@ class Options:
     per_rank: bool = False
     allow: tuple[str, ...] = ()
     """Rules of the linter that only warn."""
+    after_prep: str = ""
+    """Job id, record or dataset of a prep job to wait for."""
     rest: list[str] = field(default_factory=list)
 
 
@@ -72,7 +78,7 @@ def split_options(words: list[str]) -> Options:
             options.per_rank = True
             continue
         name, equals, value = word.partition("=")
-        if name not in ("--cluster", "--nodes", "--chain", "--allow"):
+        if name not in ("--cluster", "--nodes", "--chain", "--allow", "--after-prep"):
             options.rest.append(word)
             continue
         if not equals and not left:
@@ -86,6 +92,8 @@ def split_options(words: list[str]) -> Options:
             options.nodes = int(value)
         elif name == "--allow":
             options.allow = tuple(value.split(","))
+        elif name == "--after-prep":
+            options.after_prep = value
         elif value not in CHAINS:
             raise ConfigError(
                 f"--chain {value!r} is neither of {', '.join(CHAINS)}{nearest(value, CHAINS)}"
@@ -136,6 +144,11 @@ def make_plan(words: list[str], cwd: Path) -> Plan:
     nproc = cluster.gpus_per_node or 1
     if asked.nproc != "auto":
         nproc = _positive("--nproc", asked.nproc)
+    prep, after = "", ""
+    if options.after_prep:
+        found = find_prep(options.after_prep, prep_root(cluster, cwd), cwd)
+        check_data(found, value_of("--data.url", passed), cwd)
+        prep, after = str(found), dependency(found)
     code = take_snapshot(run_dir, Path(target) if is_file else None)
     times = measured(run_dir)
     request = Request(
@@ -150,7 +163,8 @@ def make_plan(words: list[str], cwd: Path) -> Plan:
         chain="singleton" if options.chain == "singleton" else "requeue",
         per_rank=options.per_rank,
         lead_s=cluster.lead_s or signal_lead_s(times["save_p99_s"], times["step_p99_s"]),
-    )
+        prep=prep, dependency=after,
+    )  # fmt: skip
     return Plan(
         request=request, cluster=cluster, code=code, dry_run=asked.dry_run,
         allow=options.allow,

@@ -21,6 +21,7 @@ ROOMS = ("dist", "recipes", "spark_jobs", "launch")
 FLOORS: dict[int, set[str]] = {
     0: {
         *{"devices", "errors", "lease", "local_files", "manifest", "model_folder"},
+        *{"fabric_rows", "fabric_verdicts"},
         *{"ranks", "run_dir", "url_path", "versions"},
     },
     1: {
@@ -37,6 +38,7 @@ FLOORS: dict[int, set[str]] = {
             "report_html",
             "run_history",
         },
+        *{"node_probes"},
         *{"shard_file", "skips", "stages", "storage", "svg_chart", "tokenizer", "verify"},
     },
     2: {
@@ -46,6 +48,7 @@ FLOORS: dict[int, set[str]] = {
         *{"precision", "profiling", "randomness", "sharding", "start", "watchdog"},
         *{"local_device", "memory_plan", "memory_trace", "op_cost", "plan_text", "pretend"},
         *{"step_time"},
+        *{"fabric_check", "fabric_probes"},
         *{"compile", "gradient_scaler", "micro_batch", "stochastic_adamw"},
     },
     3: {
