@@ -1,4 +1,7 @@
-"""`leyden check --static`: read a Slurm script, or what submit would write, and run nothing."""
+"""`leyden check`: is this machine, or a cluster, fit to train on? (launch/check_live.py)
+
+`leyden check --static` reads a Slurm script, or what submit would write, and runs nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,29 @@ def help_text() -> str:
         for name, (severity, rule) in RULES.items()
     )
     return (
-        "usage: leyden check --static SCRIPT.sbatch\n"
+        "usage: leyden check [RECIPE|RUN] [--cluster FILE.yaml] [--nodes N] [--nproc N]\n"
+        "                    [--disk-mib N] [--json] [--dry-run] [--config NAME] [--key v ...]\n"
+        "       leyden check --static SCRIPT.sbatch\n"
         "       leyden check --static RECIPE --cluster FILE.yaml [arguments of submit]\n\n"
-        "Reads a batch script, anybody's or the one that submit would write, and says what is\n"
-        "known to fail. Exit code 2 if a rule of severity error says something.\n\n"
+        "Measures on every rank, here or by srun on all nodes of the cluster file: devices and\n"
+        "versions, a sum that must be right bit for bit, each pair's bandwidth, clocks, disks and\n"
+        "shared memory; with --data.url or RUN the dataset and tokenizer as each node sees them;\n"
+        "with RECIPE or RUN its planned memory and checkpoints. Exit code 1 if a row says fail;\n"
+        "the nodes to blame are then left out of the next submit (FILE.exclude, or the run's\n"
+        "control/exclude).\n\n"
+        "  --cluster FILE   run on its nodes, one task a device; without it on this machine\n"
+        "  --nodes N        instead of the cluster file's\n"
+        "  --nproc N        ranks of a node; auto (default): its GPUs, 2 without\n"
+        "  --disk-mib N     MiB that each disk is tested with (64)\n"
+        "  --json           one JSON object with every pair's speed\n"
+        "  --dry-run        print the command and start nothing\n\n"
+        "--static reads a batch script, anybody's or the one that submit would write, and says\n"
+        "what is known to fail. Exit code 2 if a rule of severity error says something.\n\n"
         f"rules:\n{rules}\n\n"
         "examples:\n"
+        "  leyden check\n"
+        "  leyden check --cluster cluster.yaml --nodes 4\n"
+        "  leyden check pretrain --config 1b --data.url /shared/data --cluster cluster.yaml\n"
         "  leyden check --static job.sbatch\n"
         "  leyden check --static pretrain --config 1b --run first --cluster cluster.yaml\n"
     )
@@ -34,10 +54,13 @@ def main(arguments: list[str]) -> int:
         print(help_text(), end="")
         return 0
     words = [word for word in arguments if word != "--static"]
-    if len(words) == len(arguments) or not words:
+    if len(words) == len(arguments):
+        from launch.check_live import check
+
+        return check(arguments, Path.cwd())
+    if not words:
         raise ConfigError(
-            "leyden check needs --static and a script, or --static and the words of a submit; "
-            "leyden check --help shows both"
+            "--static needs a script, or the words of a submit; leyden check --help shows both"
         )
     if len(words) == 1:
         try:

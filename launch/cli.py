@@ -26,7 +26,7 @@ VERBS = {
     "status": "where runs stand: job, step, attempts; status alone lists the runs",
     "logs": "what the ranks of a run's newest attempt said: logs RUN [--rank R] [--follow]",
     "cancel": "end a run's jobs, at once or after a checkpoint: cancel RUN [--drain]",
-    "check": "read a Slurm script before it costs a night: check --static SCRIPT",
+    "check": "is a machine or a cluster fit to train on? check --static SCRIPT reads a script",
     "eval": "loss and perplexity of a trained model, in all and by source",
     "generate": "text from a trained model: a prompt, a file of prompts, or interactive",
     "report": "one HTML file on a run: loss, throughput, attempts, data, environment",

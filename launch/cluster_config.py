@@ -46,12 +46,17 @@ class Cluster:
     """How long the nodes wait for each other at the start."""
     lead_s: int = 0
     """Seconds before the time limit at which a job is told to stop; 0: from measured saves."""
+    scratch: str = ""
+    """Folder on the nodes' own disks for prep jobs and checks; empty: a node's $TMPDIR or /tmp."""
     chain_jobs: int = 4
     """Jobs of one submit with --chain singleton."""
 
 
 def load_cluster(path: Path) -> Cluster:
-    """Parse a cluster.yaml; ConfigError names the key, its nearest and the type it must have."""
+    """Parse a cluster.yaml; ConfigError names the key, its nearest and the type it must have.
+
+    Nodes that `leyden check` found at fault lie beside it, in cluster.exclude, one a line.
+    """
     try:
         import yaml
     except ImportError:
@@ -66,7 +71,12 @@ def load_cluster(path: Path) -> Cluster:
         record = {}
     if not isinstance(record, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, not a {type(record).__name__}")
-    return parse_cluster(record, str(path))
+    cluster = parse_cluster(record, str(path))
+    failed = path.with_suffix(".exclude")
+    if failed.is_file():
+        new = tuple(node for node in failed.read_text().split() if node not in cluster.exclude)
+        cluster = dataclasses.replace(cluster, exclude=cluster.exclude + new)
+    return cluster
 
 
 def parse_cluster(record: dict[str, Any], where: str) -> Cluster:

@@ -154,7 +154,8 @@ def survivors_wait(c: Context) -> str | None:
     """L08: KillOnBadExit is 0 by default: one rank dies, the others hang for hours."""
     for line in c.script.sruns:
         lacks = []
-        if not re.search(r"\s(--kill-on-bad-exit(=1)?|-K1?)(\s|$)", line):
+        # An explicit 0 was meant: Spark's workers do without one of them.
+        if not re.search(r"\s(--kill-on-bad-exit(=[01])?|-K[01]?)(\s|$)", line):
             lacks.append("--kill-on-bad-exit=1")
         if not re.search(r"\s(--wait[= ]\d+|-W ?\d+)(\s|$)", line):
             lacks.append("--wait=60")

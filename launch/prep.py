@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dist.errors import ConfigError
 from launch.cli import nearest
@@ -29,9 +30,11 @@ def help_text() -> str:
     known = jobs()
     lines = "\n".join(f"  {name:<18} {what}" for name, what in known.items())
     return (
-        "usage: leyden prep JOB [--dry-run] [--config FILE] [--key value ...]\n\n"
-        "Runs a Spark job: on this machine, or where `--master` says. Every key of the job's\n"
-        "config is a flag; `leyden prep JOB --help` lists them.\n\n"
+        "usage: leyden prep JOB [--dry-run] [--config FILE] [--key value ...]\n"
+        "       leyden prep JOB --cluster FILE.yaml [--nodes N] [--dry-run] [--key value ...]\n\n"
+        "Runs a Spark job: on this machine, or where `--master` says; with --cluster, on a Spark\n"
+        "of its own on N nodes of a Slurm job. Every key of the job's config is a flag;\n"
+        "`leyden prep JOB --help` lists them.\n\n"
         f"jobs:\n{lines}\n\n"
         "examples:\n"
         "  leyden prep train-tokenizer --input data/raw --output data/tokenizer"
@@ -58,6 +61,11 @@ def main(arguments: list[str], title: str = "") -> int:
         raise ConfigError(
             f"{job!r} is not a job{nearest(job, list(known))} (jobs: {', '.join(known)})"
         )
+    if any(word.partition("=")[0] == "--cluster" for word in rest):
+        from launch.prep_slurm import split_cluster, submit_prep
+
+        cluster, nodes, words = split_cluster(rest)
+        return submit_prep(f"spark_jobs.{job.replace('-', '_')}", cluster, nodes, words, Path.cwd())
     dry = "--dry-run" in rest
     argv = prep_argv(job, [word for word in rest if word != "--dry-run"])
     if dry:

@@ -55,6 +55,10 @@ class Request:
     """Of a job array: each has its own run_dir and arguments; run_dir here holds {task}."""
     at_once: int = 0
     """Tasks of an array that may run at a time; 0: all."""
+    prep: str = ""
+    """Record of the prep job on whose commit the run trains (launch.after_prep); '' for none."""
+    dependency: str = ""
+    """Of the job, such as afterany:12."""
 
 
 def job_name(run_dir: str) -> str:
@@ -83,8 +87,8 @@ def p99(values: Sequence[float]) -> float | None:
 def sbatch_text(request: Request, cluster: Cluster, template: str | None = None) -> str:
     """The whole script. ConfigError for a value that sbatch would not read as it stands."""
     text = TEMPLATE.read_text() if template is None else template
-    text = _replace(text, "request", request_lines(request, cluster))
-    return _replace(text, "settings", settings_lines(request, cluster))
+    text = replace_part(text, "request", request_lines(request, cluster))
+    return replace_part(text, "settings", settings_lines(request, cluster))
 
 
 def request_lines(request: Request, cluster: Cluster) -> list[str]:
@@ -108,16 +112,23 @@ def request_lines(request: Request, cluster: Cluster) -> list[str]:
     }
     lines = [f"--{name}={value}" for name, value in options.items() if value != ""]
     lines += ["--requeue"] if request.chain == "requeue" else ["--no-requeue"]
-    lines += ["--dependency=singleton"] if request.chain == "singleton" else []
+    after = ["singleton"] if request.chain == "singleton" else []
+    after += [request.dependency] if request.dependency else []
+    lines += [f"--dependency={','.join(after)}"] if after else []
     lines += ["--exclusive"] if cluster.exclusive else []
     lines += cluster.sbatch
-    for line in lines:
+    return sbatch_lines(lines)
+
+
+def sbatch_lines(options: Sequence[str]) -> list[str]:
+    """#SBATCH lines; ConfigError for an option that sbatch would misread."""
+    for line in options:
         if not line.startswith("-") or not _PLAIN.fullmatch(line):
             raise ConfigError(
                 f"sbatch cannot be given {line!r} in a script: an option is one word without "
                 "blanks, quotes, # or $; use another name, or put it into `setup:`"
             )
-    return [f"#SBATCH {line}" for line in lines]
+    return [f"#SBATCH {line}" for line in options]
 
 
 def array_range(request: Request) -> str:
@@ -146,6 +157,7 @@ def settings_lines(request: Request, cluster: Cluster) -> list[str]:
         "NPROC": str(request.nproc),
         "CORES_PER_RANK": str(cluster.cpus_per_task),
         "JOIN_TIMEOUT_S": str(cluster.join_timeout_s),
+        "PREP": request.prep,
     }
     if request.tasks:
         del settings["RUN_DIR"]
@@ -165,7 +177,7 @@ def _log_line(request: Request, run_dir: str) -> str:
 
 
 def _argument_lines(arguments: Sequence[str]) -> list[str]:
-    return ["ARGUMENTS=(", *(f"  {words}" for words in _by_option(arguments)), ")"]
+    return ["ARGUMENTS=(", *(f"  {words}" for words in quoted_lines(arguments)), ")"]
 
 
 def _task_lines(request: Request) -> list[str]:
@@ -185,7 +197,7 @@ def quote(text: str) -> str:
     return shlex.quote(text)
 
 
-def _by_option(words: Sequence[str]) -> list[str]:
+def quoted_lines(words: Sequence[str]) -> list[str]:
     """Quoted words, an option and its value on one line."""
     lines: list[list[str]] = []
     for word in words:
@@ -195,7 +207,7 @@ def _by_option(words: Sequence[str]) -> list[str]:
     return [" ".join(line) for line in lines]
 
 
-def _replace(text: str, part: str, lines: Sequence[str]) -> str:
+def replace_part(text: str, part: str, lines: Sequence[str]) -> str:
     """The text with the lines of a marked part replaced; its markers go."""
     before, _, rest = text.partition(f"# >>> {part}\n")
     _, found, after = rest.partition(f"# <<< {part}\n")

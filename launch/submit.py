@@ -10,17 +10,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dist.errors import ConfigError, SetupError
+from launch.after_prep import check_data, dependency, find_prep
 from launch.cli import nearest
 from launch.cluster_config import Cluster, load_cluster
 from launch.cluster_facts import measured
 from launch.lint import check_script, script_facts
 from launch.live_jobs import refuse_if_live
 from launch.nodes import NodeOptions
+from launch.prep_slurm import prep_root
 from launch.slurm import Request, job_name, sbatch_text, signal_lead_s
 from launch.snapshot import Code, take_snapshot
 from launch.submit_record import Submit, add_submit, submitting
 from launch.sweep import Task, at, make_tasks, name_pattern, without_run
-from launch.train import find_target, fresh_name, replace_run, split_arguments
+from launch.train import find_target, fresh_name, replace_run, split_arguments, value_of
 
 CHAINS = ("requeue", "singleton")
 
@@ -30,7 +32,7 @@ def help_text() -> str:
     return (
         "usage: leyden submit RECIPE|FILE.py --cluster FILE.yaml [--nodes N] [--nproc N]\n"
         "                     [--chain requeue|singleton] [--srun-per-rank] [--fresh]\n"
-        "                     [--dry-run] [--config NAME] [--key v ...]\n\n"
+        "                     [--after-prep JOB] [--dry-run] [--config NAME] [--key v ...]\n\n"
         "Submits a run to Slurm with the arguments of `leyden train`. The job drains before its\n"
         "time limit or a preemption, is requeued, and goes on exactly where it was, until the run\n"
         "is done; three attempts in a row without a new checkpoint end it (exit code 93).\n\n"
@@ -41,6 +43,8 @@ def help_text() -> str:
         "                     one after the other, where requeueing is switched off\n"
         "  --srun-per-rank    one srun task a rank instead of torchrun's agent on each node\n"
         "  --run NAME         the run's folder; the run is known by it, never by a job id\n"
+        "  --after-prep JOB   wait for a `leyden prep --cluster` (its job id, or the dataset that\n"
+        "                     it writes) and train on the version that it committed\n"
         "  --allow L09,...    submit although these checks refuse it\n"
         "  --sweep KEY=V1,V2  a job array, each task a run of its own (NAME-0, NAME-1, ..., or\n"
         "                     where NAME holds {task}); again for another key: all combinations\n"
@@ -66,6 +70,8 @@ class Options:
     """Rules of the linter that only warn."""
     sweeps: list[str] = field(default_factory=list)
     at_once: int = 0
+    after_prep: str = ""
+    """Job id, record or dataset of a prep job to wait for."""
     rest: list[str] = field(default_factory=list)
 
 
@@ -81,7 +87,10 @@ def split_options(words: list[str]) -> Options:
             options.per_rank = True
             continue
         name, equals, value = word.partition("=")
-        if name not in ("--cluster", "--nodes", "--chain", "--allow", "--sweep", "--at-once"):
+        if name not in (
+            *("--cluster", "--nodes", "--chain", "--allow", "--after-prep"),
+            *("--sweep", "--at-once"),
+        ):
             options.rest.append(word)
             continue
         if not equals and not left:
@@ -99,6 +108,8 @@ def split_options(words: list[str]) -> Options:
             options.sweeps.append(value)
         elif name == "--at-once":
             options.at_once = _positive("--at-once", value, "tasks")
+        elif name == "--after-prep":
+            options.after_prep = value
         elif value not in CHAINS:
             raise ConfigError(
                 f"--chain {value!r} is neither of {', '.join(CHAINS)}{nearest(value, CHAINS)}"
@@ -160,6 +171,11 @@ def make_plan(words: list[str], cwd: Path) -> Plan:
     nproc = cluster.gpus_per_node or 1
     if asked.nproc != "auto":
         nproc = _positive("--nproc", asked.nproc)
+    prep, after = "", ""
+    if options.after_prep:
+        found = find_prep(options.after_prep, prep_root(cluster, cwd), cwd)
+        check_data(found, value_of("--data.url", passed), cwd)
+        prep, after = str(found), dependency(found)
     # The tasks of an array share one snapshot, in a folder beside theirs.
     code = take_snapshot(Path(at(str(run_dir), "all")), Path(target) if is_file else None)
     times = measured(run_dir)
@@ -177,7 +193,8 @@ def make_plan(words: list[str], cwd: Path) -> Plan:
         lead_s=cluster.lead_s or signal_lead_s(times["save_p99_s"], times["step_p99_s"]),
         tasks=tasks,
         at_once=options.at_once,
-    )
+        prep=prep, dependency=after,
+    )  # fmt: skip
     return Plan(
         request=request, cluster=cluster, code=code, dry_run=asked.dry_run,
         allow=options.allow,

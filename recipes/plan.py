@@ -275,6 +275,7 @@ def main(words: Sequence[str] | None = None) -> int:
             print("  nothing that was tried; a smaller model, shorter rows, or other devices")
     if given.json:
         record = case_record(first, max_steps)
+        record["keep"] = getattr(asked.config, "keep", 1)
         record["would_fit"] = [case_record(case, max_steps) for case in fitting]
         print(json.dumps(record, indent=1))
     return 0 if first.fits else 1

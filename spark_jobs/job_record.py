@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from dist.errors import ConfigError
+from dist.local_files import write_atomic
 from dist.manifest import digest_of
 from spark_jobs.sources import InputFile
 
@@ -25,6 +29,17 @@ def job_digest(
     inputs = [[file.url, file.path, file.size, file.stamp, file.format] for file in files]
     record = {"job": job, "version": transform_version, "inputs": inputs, "config": semantic}
     return digest_of(record)
+
+
+def announce(job: str, output: str) -> None:
+    """Say which entry of jobs/ a Slurm prep will write, so that a training can wait for that one.
+
+    Only under `leyden prep --cluster`, which names the folder by LEYDEN_PREP_DIR.
+    """
+    folder = os.environ.get("LEYDEN_PREP_DIR")
+    if folder:
+        record = {"job_digest": job, "output": output}
+        write_atomic(Path(folder) / "job.json", (json.dumps(record, indent=1) + "\n").encode())
 
 
 def read_tokenizer(given: str) -> bytes:

@@ -81,7 +81,7 @@ def spark_session(master: str, app_name: str, *, scratch: str = "") -> Iterator[
     folder = _scratch_folder(scratch)
     spark = None
     try:
-        _prepare_environment(folder)
+        _prepare_environment(folder, default_master(master))
         builder = SparkSession.builder.appName(app_name)
         for key, value in _settings(default_master(master), folder).items():
             builder = builder.config(key, value)
@@ -207,6 +207,16 @@ def _settings(master: str, folder: Path) -> dict[str, str]:
             "spark.driver.extraJavaOptions": java,
             "spark.executor.extraJavaOptions": java,
         }
+    elif master.startswith("spark://"):
+        # The log settings lie on this node's disk, so the executors do without them.
+        log_config = folder / "log4j2.properties"
+        log_config.write_text(_LOG_CONFIG)
+        java = f"-Dlog4j2.configurationFile={log_config.as_uri()} {_JAVA_OPTIONS}"
+        settings |= {
+            "spark.driver.memory": f"{_driver_memory_mib()}m",
+            "spark.driver.extraJavaOptions": java,
+            "spark.executor.extraJavaOptions": _JAVA_OPTIONS,
+        }
     return settings
 
 
@@ -218,13 +228,15 @@ def _driver_memory_mib() -> int:
     return max(1024, min(8192, total // 4 >> 20))
 
 
-def _prepare_environment(folder: Path) -> None:
+def _prepare_environment(folder: Path, master: str) -> None:
     os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
     os.environ["SPARK_LOCAL_DIRS"] = str(folder)
     os.environ["SPARK_WORKER_DIR"] = str(folder / "workers")
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
         os.environ["JAVA_HOME"] = str(java_home())
-        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+        if master.startswith("local"):
+            # Of a real cluster this machine must be reached from others.
+            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
 
 
 def _ship_packages(folder: Path) -> Path:

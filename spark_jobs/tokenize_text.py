@@ -124,6 +124,7 @@ def run(config: Config) -> str:
     files = list_inputs(config.input, config.format)
     semantic = {**semantic_config(config), "tokenizer": tokenizer_digest(tokenizer_json)}
     job = job_record.job_digest("tokenize_text", TRANSFORM_VERSION, files, semantic)
+    job_record.announce(job, storage.url)
     if done := _already_done(storage, job):
         return done
     with target_lease(storage) as lease:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -9,18 +10,39 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, prep, train
+from launch import check, cli, prep, submit, train
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+OURS = ("config", "dry-run", "cluster", "nodes")
+"""Options of `leyden prep` itself."""
 
 
 def shown_commands() -> list[str]:
     """Lines in README's code blocks and in the help texts that begin with `leyden`."""
     texts = [*re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)]
-    texts += [prep.help_text(), train.help_text()]
+    texts += [prep.help_text(), train.help_text(), check.help_text(), submit.help_text()]
+    texts += [(ROOT / "docs" / "slurm.md").read_text()]
     lines = [line.strip() for text in texts for line in text.splitlines()]
-    return [line for line in lines if line.startswith("leyden ") and "usage" not in line]
+    lines = [line for line in lines if line.startswith("leyden ") and "usage" not in line]
+    # Without the comment behind a command; usage lines hold brackets.
+    commands = [line.split("   ")[0] for line in lines if "[" not in line]
+    return list(dict.fromkeys(commands))
+
+
+def write_what_they_name(folder: Path) -> None:
+    """Cluster files, a script, a run and prep jobs, by the names that the pages use."""
+    for name in ("cluster.yaml", "cpu.yaml"):
+        (folder / name).write_text("nodes: 2\n")
+    (folder / "job.sbatch").write_text("#!/bin/bash\ntrue\n")
+    (folder / "runs" / "first").mkdir(parents=True)
+    identity = {"recipe": "pretrain", "data": "/shared/data@abcdef"}
+    (folder / "runs" / "first" / "run.json").write_text(json.dumps(identity))
+    for number, output in enumerate(("/shared/data", str(folder / "data" / "corpus"))):
+        prep_dir = folder / "runs" / "prep" / str(number)
+        prep_dir.mkdir(parents=True)
+        record = {"job": "tokenize_text", "job_id": str(1234 + number), "output": output}
+        (prep_dir / "prep.json").write_text(json.dumps(record))
 
 
 def test_the_first_command_stands_early() -> None:
@@ -38,8 +60,14 @@ def test_shown_commands_are_accepted(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "mine.py").touch()
-    if words[0] in ("prep", "train"):
+    write_what_they_name(tmp_path)
+    static = "--static" in words
+    if words[0] in ("prep", "train") or (words[0] == "check" and not static):
         assert cli.main([*words, "--dry-run"]) == 0, capsys.readouterr().err
+    elif words[0] == "submit":
+        # L09: a test's folder is on no shared file system.
+        allowed = [*words, "--dry-run", "--allow", "L09"]
+        assert cli.main(allowed) == 0, capsys.readouterr().err
     else:
         assert words[0] in cli.VERBS
 
@@ -51,7 +79,7 @@ def test_shown_keys_are_keys_of_the_job(line: str) -> None:
     source = (ROOT / "spark_jobs" / f"{words[0].replace('-', '_')}.py").read_text()
     for word in words[1:]:
         name = word.removeprefix("--")
-        if word.startswith("--") and name not in ("config", "dry-run"):
+        if word.startswith("--") and name not in OURS:
             assert re.search(rf"^    {re.escape(name)}: ", source, re.MULTILINE), f"{line}: {word}"
 
 

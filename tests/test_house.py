@@ -24,6 +24,8 @@ FLOORS: dict[int, set[str]] = {
         *{"ranks", "run_dir", "stamps", "url_path", "versions"},
         *{"devices", "errors", "lease", "local_files", "manifest", "model_folder"},
         *{"ranks", "run_dir", "strict_json", "trace_summary", "url_path", "versions"},
+        *{"fabric_rows", "fabric_verdicts"},
+        *{"ranks", "run_dir", "url_path", "versions"},
     },
     1: {
         *{"audit", "baselines", "commit", "config", "dataset", "lineage", "mixture", "order"},
@@ -40,6 +42,7 @@ FLOORS: dict[int, set[str]] = {
             "run_history",
         },
         *{"cache", "cache_folder", "http_files", "open_shards", "transfer"},
+        *{"node_probes"},
         *{"shard_file", "skips", "stages", "storage", "svg_chart", "tokenizer", "verify"},
     },
     2: {
@@ -52,6 +55,8 @@ FLOORS: dict[int, set[str]] = {
         *{"step_time"},
         *{"compile", "gradient_scaler", "lora", "micro_batch", "stochastic_adamw"},
         *{"communication", "compile", "gradient_scaler", "micro_batch", "stochastic_adamw"},
+        *{"fabric_check", "fabric_probes"},
+        *{"compile", "gradient_scaler", "micro_batch", "stochastic_adamw"},
     },
     3: {
         *{"checkpoint_callback", "lightning_plugins", "run_recorder", "strategies"},

@@ -5,16 +5,19 @@ Run by `make test-slurm`; every other selection leaves these out (tests/conftest
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from dist.dataset import Dataset
+from dist.dataset import Dataset, open_dataset
 from tests.make_dataset import write_dataset
 from tests.rank_processes import train
 from tests.slurm_cluster import Cluster, wait_for
+from tests.slurm_preps import CLUSTER_YAML, SlurmPrep, leyden, prep_words, write_corpus
 from tests.slurm_runs import CHANGES, SAVE_EVERY, STEPS, SlurmRun
 from tests.test_exact_resume import assert_same_run
 
@@ -196,3 +199,48 @@ def test_soak(slurm: Cluster, dataset: Dataset, tmp_path: Path) -> None:
         f"lost, goodput {goodput:.3f}, formula {formula:.3f}"
     )
     assert abs(goodput - formula) <= 0.1
+
+
+def test_prep_survives_a_killed_worker(slurm: Cluster, tmp_path: Path) -> None:
+    """kill -9 of a worker's JVM while its executor has tasks: the shuffle files of that node are
+    lost, and the digest must not show it; then a bad job's own exit code, a cancelled one, and one
+    that is told of its time limit."""
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus, files=12, documents=400)
+    (corpus / "cluster.yaml").write_text(CLUSTER_YAML)
+    prep = SlurmPrep(slurm, corpus, *prep_words(corpus, tmp_path / "data", "--num_tasks", "60"))
+    wait_for(lambda: len(prep.processes("CoarseGrainedExecutorBackend")) == 2, 200, "two executors")
+    (victim,) = [
+        pid for pid, what in prep.processes("deploy.worker.Worker").items() if ".r2." in what
+    ]
+    os.kill(victim, signal.SIGKILL)
+    assert not slurm.ended(prep.job), "the kill came too late to show anything"
+    wait_for(lambda: slurm.ended(prep.job), 400, "the prep job")
+    assert slurm.state(prep.job) == "COMPLETED", prep.said()
+    wait_for(lambda: not prep.processes(), 15, f"Spark gone: {prep.processes()}")
+    done = leyden(corpus, {}, *prep_words(corpus, tmp_path / "local", "--master", "local[2]"))
+    assert done.returncode == 0, done.stderr
+    digests = {open_dataset(str(tmp_path / name)).data_digest for name in ("data", "local")}
+    assert len(digests) == 1
+
+    refused = SlurmPrep(
+        slurm, corpus, *prep_words(corpus, tmp_path / "no", "--text_field", "absent")
+    )
+    wait_for(lambda: slurm.ended(refused.job), 200, "the refused job")
+    assert refused.exit_code() == 3, refused.said()
+    assert not refused.processes()
+
+    cancelled = SlurmPrep(slurm, corpus, *prep_words(corpus, tmp_path / "cancelled"))
+    wait_for(lambda: len(cancelled.processes("deploy.worker.Worker")) == 2, 200, "two workers")
+    slurm.command("scancel", cancelled.job)
+    wait_for(lambda: not cancelled.processes(), 15, f"Spark gone: {cancelled.processes()}")
+    assert not (tmp_path / "cancelled" / "LATEST").exists()
+
+    # As before a time limit: the driver is ended, its own code is the job's, and a rerun does it.
+    words = prep_words(corpus, tmp_path / "late", "--num_tasks", "60")
+    late = SlurmPrep(slurm, corpus, *words)
+    wait_for(lambda: len(late.processes("CoarseGrainedExecutorBackend")) == 2, 200, "executors")
+    slurm.command("scancel", "--signal=USR1", "--batch", late.job)
+    wait_for(lambda: slurm.ended(late.job), 60, f"ended: {late.said()}")
+    assert late.exit_code() == 130 and (late.folder / "ended").read_text() == "130\n", late.said()
+    assert not late.processes() and not (tmp_path / "late" / "LATEST").exists()
