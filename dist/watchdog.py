@@ -32,11 +32,12 @@ import time
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dist.drain import end_process
 from dist.errors import ConfigError
-from dist.hang_stacks import at_fault, hang_text, stack_of, waits_for_others
+from dist.hang_stacks import NO_HEARTBEAT, at_fault, hang_text, stack_of, waits_for_others
 from dist.hang_watcher import STACKS_SIGNAL, start_watcher
 from dist.local_files import create_exclusive, write_atomic
 from dist.ranks import Ranks
@@ -220,7 +221,7 @@ class Watchdog:
                 self._attempt, "hung", error=text, step=mine["step"], at_fault=guilty
             )
         for one in guilty:
-            if one["where"] == NO_HEARTBEAT and one.get("host") == mine["host"]:
+            if one["where"].startswith(NO_HEARTBEAT) and one.get("host") == mine["host"]:
                 kill_sibling(int(one["pid"]))
 
 

@@ -21,7 +21,7 @@ from recipes.trained import load_model, open_trained
 from tests.small_run import small_run
 
 DOCUMENTS = [
-    {"question": f"def spark{i}(jar):", "choices": [" return", "    return jar", "x"], "answer": i % 3}
+    {"question": f"def spark{i}(jar):", "choices": [" return", " jar", "x"], "answer": i % 3}
     for i in range(6)
 ]
 
