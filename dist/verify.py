@@ -8,10 +8,12 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import xxhash
 
 from dist.commit import missing_shards
 from dist.dataset import Dataset, SplitTable
@@ -23,6 +25,8 @@ from dist.shard_file import PackedShard, file_digest
 
 FULL_BELOW_BYTES = 10 << 30
 """Data smaller than this is hashed whole before training, unless the config says otherwise."""
+STREAMS = 8
+"""Shards of a remote dataset that are read at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +51,12 @@ def check_presence(dataset: Dataset) -> None:
         dataset.read_tokenizer()
 
 
-def wrong_bytes(path: Path, shard: Shard) -> str:
-    """What is wrong with a shard file, '' if nothing is; names the damaged record batches."""
-    found = file_digest(path)
+def wrong_bytes(path: Path, shard: Shard, found: str = "") -> str:
+    """What is wrong with a shard file, '' if nothing is; names the damaged record batches.
+
+    found: its xxh3-128, if it was computed already.
+    """
+    found = found or file_digest(path)
     if found == shard.xxh3_128:
         return ""
     try:
@@ -63,28 +70,68 @@ def wrong_bytes(path: Path, shard: Shard) -> str:
 
 
 def verify_full(dataset: Dataset, *, progress: bool = True) -> VerifyReport:
-    """Hash every byte of every shard, on all cores; DataRefused names each damaged shard."""
+    """Hash every byte of every shard, on all cores; DataRefused names each damaged shard.
+
+    A remote dataset is streamed and nothing of it is kept.
+    """
     check_presence(dataset)
     started = time.monotonic()
     shards = dataset.manifest.shards
     total = sum(shard.bytes for shard in shards)
     problems: list[str] = []
+    remote = dataset.storage.local_path("") is None
+    threads = STREAMS if remote else min(16, os.cpu_count() or 1)
+    lock = threading.Lock()
     # Threads suffice: xxhash releases the interpreter lock.
     with (
         Progress("verify", total / 1e6, "MB", enabled=progress) as bar,
-        concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
     ):
-        jobs = {pool.submit(wrong_bytes, dataset.shard_path(s), s): s for s in shards}
-        for job in concurrent.futures.as_completed(jobs):
-            if job.result():
-                problems.append(job.result())
-            bar.update(jobs[job].bytes / 1e6)
+
+        def check(shard: Shard) -> None:
+            problem = _problem(dataset, shard, tick)
+            if problem:
+                with lock:
+                    problems.append(problem)
+                    bar.update(0, f"{len(problems)} damaged")
+
+        def tick(num_bytes: int) -> None:
+            with lock:
+                bar.update(num_bytes / 1e6)
+
+        jobs = [pool.submit(check, shard) for shard in shards]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C: not the rest of a terabyte first
+            raise
     if problems:
+        listed = "".join(f"\n  {one}" for one in sorted(problems))
         raise DataRefused(
-            f"{len(problems)} of {len(shards)} shards are damaged: {'; '.join(sorted(problems))}; "
+            f"{len(problems)} of {len(shards)} shards are damaged:{listed}\n"
             "copy them anew, or run the prep job again"
         )
     return VerifyReport(shards=len(shards), bytes=total, seconds=time.monotonic() - started)
+
+
+def _problem(dataset: Dataset, shard: Shard, tick: Callable[[int], None]) -> str:
+    """What is wrong with a shard's bytes, read where they are; '' if nothing is."""
+    name = f"shards/{shard.name}"
+    digest = xxhash.xxh3_128()
+    try:
+        for chunk in dataset.storage.chunks(name):
+            digest.update(chunk)
+            tick(len(chunk))
+    except FileNotFoundError:
+        return f"{dataset.storage.url}/{name} is missing"
+    found = digest.hexdigest()
+    path = dataset.storage.local_path(name)
+    if found == shard.xxh3_128:
+        return ""
+    if path is not None:
+        return wrong_bytes(path, shard, found)
+    return f"{dataset.storage.url}/{name} has xxh3-128 {found}, the manifest says {shard.xxh3_128}"
 
 
 class ShardVerifier:
