@@ -37,7 +37,7 @@ def publish_tokenizer(storage: Storage, tokenizer_json: bytes) -> str:
     """Keep the tokenizer beside the data; returns its digest."""
     digest = tokenizer_digest(tokenizer_json)
     name = f"tokenizers/{digest}.json"
-    if storage.size(name) != len(tokenizer_json):
+    if storage.size(name) != len(tokenizer_json) or not storage.renew(name):
         storage.write_atomic(name, tokenizer_json)
     return digest
 
@@ -93,11 +93,12 @@ def commit_dataset(
     lease: Lease | None = None,
 ) -> str:
     """Make a dataset version visible: all of it or nothing. Returns its data_digest."""
+    # The lease first: gc under a newer lease may delete shards, and the check must come after that.
+    if lease is not None:
+        lease.check()
     problems = missing_shards(storage, manifest)
     if problems:
         raise DataRefused("not committed, as published files are gone: " + "; ".join(problems[:5]))
-    if lease is not None:
-        lease.check()
     data, digest = manifest.to_json(), manifest.data_digest
     name = f"manifests/{digest}.json"
     if storage.size(name) != len(data):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist.cache import CacheConfig, Lease, NodeCache, node_cache
+from dist.data_pin import is_pin, read_pin
 from dist.errors import ConfigError, DataRefused
 from dist.manifest import Manifest, Shard, parse_reference
 from dist.storage import Storage
@@ -129,12 +130,15 @@ class Dataset:
 
 
 def open_dataset(reference: str, cache: CacheConfig | None = None) -> Dataset:
-    """Open `URL` (its LATEST, resolved now) or `URL@hexprefix`; `cache` for a remote one.
+    """Open `URL` (its LATEST, resolved now), `URL@hexprefix`, or a pin file; `cache` for a remote
+    one.
 
     Raises ConfigError for a reference that names nothing or several versions, DataRefused for a
     manifest whose bytes do not match its name.
     """
     url, prefix = parse_reference(reference)
+    if is_pin(url):
+        return _open_pin(url, prefix, cache)
     storage = Storage(url)
     digest = _latest(storage) if prefix is None else _complete(storage, prefix)
     try:
@@ -161,6 +165,22 @@ def _read(storage: Storage, name: str) -> bytes:
     if storage.is_local:
         return storage.read(name)
     return retried(functools.partial(storage.read, name), f"{storage.url}/{name}")
+
+
+def _open_pin(path: str, prefix: str | None, cache: CacheConfig | None) -> Dataset:
+    reference = read_pin(Path(path.removeprefix("file://")))
+    url, digest = reference.rsplit("@", 1)
+    if prefix is not None and not digest.startswith(prefix):
+        raise ConfigError(f"{path} pins the version {digest[:12]}, not one that starts {prefix}")
+    try:
+        return open_dataset(reference, cache)
+    except DataRefused as error:
+        if Storage(url).exists("LATEST"):
+            raise
+        raise ConfigError(
+            f"{path} names {url}, and there is no dataset ({error}); where it lies now, pass its "
+            f"place with @{digest[:12]} in place of the pin, as in --data.url PLACE@{digest[:12]}"
+        ) from None
 
 
 def _latest(storage: Storage) -> str:

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,9 @@ import fsspec
 from dist.errors import ConfigError, SetupError
 from dist.http_files import HttpFiles
 from dist.local_files import LocalStore, publish_file
+
+RENEW_AFTER_S = 86_400.0
+"""An object older than this is put again when it is reused: stores have no other renewal."""
 
 
 class Storage:
@@ -100,9 +104,10 @@ class Storage:
     def put_file(self, local: Path, name: str) -> None:
         """Publish a finished local file once; present with the right size means done.
 
-        Only for names made of the content's digest: equal name and size is equal content.
+        Only for names made of the content's digest: equal name and size is equal content. What is
+        found is renewed, so that gc takes it for as young as what was written now.
         """
-        if self.size(name) == local.stat().st_size:
+        if self.size(name) == local.stat().st_size and self.renew(name):
             return
         if self._local is None:
             self._fs.put_file(str(local), self._path(name))
@@ -118,6 +123,42 @@ class Storage:
             publish_file(temporary, final)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def chunks(self, name: str, chunk_bytes: int = 8 << 20) -> Iterator[bytes]:
+        """A file's bytes from start to end, one request a chunk; FileNotFoundError if absent."""
+        if self._local is not None:
+            file: Any = open(self._path(name), "rb", buffering=0)  # noqa: SIM115 -- closed below
+        else:
+            file = self._fs.open(self._path(name), "rb", block_size=chunk_bytes, cache_type="none")
+        with file:
+            while chunk := file.read(chunk_bytes):
+                yield chunk
+
+    def changed(self, name: str) -> float | None:
+        """Seconds of the epoch when a file was last published or renewed; None if unknown.
+
+        Locally the later of mtime and ctime: a link to an old file is a new name of it.
+        """
+        if self._local is not None:
+            found = os.stat(self._path(name))
+            return max(found.st_mtime, found.st_ctime)
+        info = self._info(name)
+        times = [info[key] for key in ("LastModified", "last_modified", "created") if key in info]
+        return times[0].timestamp() if times and hasattr(times[0], "timestamp") else None
+
+    def renew(self, name: str) -> bool:
+        """Make a published file as young as now to gc; False where it has to be written anew."""
+        try:
+            if self._local is None:
+                changed = self.changed(name)
+                return changed is not None and time.time() - changed < RENEW_AFTER_S
+            path = self._path(name)
+            found = os.stat(path)
+            # The same mtime, so that a verified shard stays verified; ctime becomes now.
+            os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+        except OSError:
+            return False  # gone meanwhile, or another user's
+        return True
 
     def local_path(self, name: str) -> Path | None:
         """The file's path where the storage is a local folder, else None."""

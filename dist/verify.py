@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from dist.transfer import PART_BYTES, retried
 
 FULL_BELOW_BYTES = 10 << 30
 """Data smaller than this is hashed whole before training, unless the config says otherwise."""
+STREAMS = 8
+"""Shards of a remote dataset that are read at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +54,12 @@ def check_presence(dataset: Dataset) -> None:
         dataset.read_tokenizer()
 
 
-def wrong_bytes(path: Path, shard: Shard) -> str:
-    """What is wrong with a shard file, '' if nothing is; names the damaged record batches."""
-    found = file_digest(path)
+def wrong_bytes(path: Path, shard: Shard, found: str = "") -> str:
+    """What is wrong with a shard file, '' if nothing is; names the damaged record batches.
+
+    found: its xxh3-128, if it was computed already.
+    """
+    found = found or file_digest(path)
     if found == shard.xxh3_128:
         return ""
     try:
@@ -67,54 +72,84 @@ def wrong_bytes(path: Path, shard: Shard) -> str:
     return f"{path} has xxh3-128 {found}, the manifest says {shard.xxh3_128} (damaged: {where})"
 
 
-def wrong_local_bytes(dataset: Dataset, shard: Shard) -> str:
-    """What is wrong with a shard of a local dataset; '' if nothing is."""
-    return wrong_bytes(dataset.shard_path(shard), shard)
-
-
-def wrong_remote_bytes(dataset: Dataset, shard: Shard) -> str:
-    """What is wrong with a shard at its URL or with its copy in the cache; '' if nothing is.
-
-    Reads the URL without keeping anything; a damaged copy is deleted from the cache.
-    """
-    digest, name = xxhash.xxh3_128(), f"shards/{shard.name}"
-    url = f"{dataset.storage.url}/{name}"
-    try:
-        for start in range(0, shard.bytes, PART_BYTES):
-            end = min(shard.bytes, start + PART_BYTES)
-            read = functools.partial(dataset.storage.read_range, name, start, end)
-            digest.update(retried(read, url))
-    except (DataRefused, FileNotFoundError) as error:
-        return str(error)
-    if digest.hexdigest() != shard.xxh3_128:
-        return f"{url} has xxh3-128 {digest.hexdigest()}, the manifest says {shard.xxh3_128}"
-    return dataset.cache.recheck(shard)
-
-
 def verify_full(dataset: Dataset, *, progress: bool = True) -> VerifyReport:
-    """Hash every byte of every shard, on all cores; DataRefused names each damaged shard."""
+    """Hash every byte of every shard, on all cores; DataRefused names each damaged shard.
+
+    A remote dataset is streamed and nothing of it is kept.
+    """
     check_presence(dataset)
     started = time.monotonic()
     shards = dataset.manifest.shards
     total = sum(shard.bytes for shard in shards)
     problems: list[str] = []
+    threads = STREAMS if dataset.is_remote else min(16, os.cpu_count() or 1)
+    lock = threading.Lock()
     # Threads suffice: xxhash releases the interpreter lock.
     with (
         Progress("verify", total / 1e6, "MB", enabled=progress) as bar,
-        concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
     ):
-        wrong = wrong_remote_bytes if dataset.is_remote else wrong_local_bytes
-        jobs = {pool.submit(wrong, dataset, shard): shard for shard in shards}
-        for job in concurrent.futures.as_completed(jobs):
-            if job.result():
-                problems.append(job.result())
-            bar.update(jobs[job].bytes / 1e6)
+
+        def check(shard: Shard) -> None:
+            problem = _problem(dataset, shard, tick)
+            if problem:
+                with lock:
+                    problems.append(problem)
+                    bar.update(0, f"{len(problems)} damaged")
+
+        def tick(num_bytes: int) -> None:
+            with lock:
+                bar.update(num_bytes / 1e6)
+
+        jobs = [pool.submit(check, shard) for shard in shards]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C: not the rest of a terabyte first
+            raise
     if problems:
+        listed = "".join(f"\n  {one}" for one in sorted(problems))
         raise DataRefused(
-            f"{len(problems)} of {len(shards)} shards are damaged: {'; '.join(sorted(problems))}; "
+            f"{len(problems)} of {len(shards)} shards are damaged:{listed}\n"
             "copy them anew, or run the prep job again"
         )
     return VerifyReport(shards=len(shards), bytes=total, seconds=time.monotonic() - started)
+
+
+def _problem(dataset: Dataset, shard: Shard, tick: Callable[[int], None]) -> str:
+    """What is wrong with a shard's bytes; '' if nothing is.
+
+    A remote one is read at its URL and nothing of it kept; a damaged copy of it is deleted from
+    the cache.
+    """
+    name = f"shards/{shard.name}"
+    path = dataset.storage.local_path(name)
+    url = f"{dataset.storage.url}/{name}"
+    digest = xxhash.xxh3_128()
+    try:
+        for chunk in dataset.storage.chunks(name) if path is not None else _parts(dataset, shard):
+            digest.update(chunk)
+            tick(len(chunk))
+    except FileNotFoundError:
+        return f"{url} is missing"
+    except DataRefused as error:
+        return str(error)
+    found = digest.hexdigest()
+    if path is not None:
+        return "" if found == shard.xxh3_128 else wrong_bytes(path, shard, found)
+    if found != shard.xxh3_128:
+        return f"{url} has xxh3-128 {found}, the manifest says {shard.xxh3_128}"
+    return dataset.cache.recheck(shard)
+
+
+def _parts(dataset: Dataset, shard: Shard) -> Iterator[bytes]:
+    """A remote shard's bytes, by ranges, with retries."""
+    name = f"shards/{shard.name}"
+    for start in range(0, shard.bytes, PART_BYTES):
+        end = min(shard.bytes, start + PART_BYTES)
+        read = functools.partial(dataset.storage.read_range, name, start, end)
+        yield retried(read, f"{dataset.storage.url}/{name}")
 
 
 class ShardVerifier:

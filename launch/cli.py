@@ -1,6 +1,6 @@
 """The `leyden` command: plain argparse, nothing heavy imported, the work done in other processes.
 
-    leyden quickstart | prep JOB | data inspect|verify REF | train RECIPE
+    leyden quickstart | prep JOB | data ACTION ... | train RECIPE
     leyden eval | generate | export RUN
 
 `leyden --help` must answer in 0.3 s on a login node, so this file and the verbs' files import the
@@ -19,7 +19,7 @@ from launch.rooms import shadowed_room
 VERBS = {
     "quickstart": "the whole path on this machine: text -> Spark -> shards -> training on 2 ranks",
     "prep": "run a Spark job that turns raw data into shards (prep alone lists the jobs)",
-    "data": "look at a dataset, or check every byte of it: data inspect, data verify",
+    "data": "datasets: inspect, verify, diff, gc, pin, export, import; who-saw and replay of runs",
     "train": "run a recipe under torchrun (train alone lists the recipes)",
     "plan": "memory and time of a run on N ranks of a device, before any is taken",
     "submit": "the same run as a Slurm job that drains, is requeued and goes on until it is done",

@@ -22,6 +22,7 @@ FLOORS: dict[int, set[str]] = {
     0: {
         *{"devices", "errors", "file_locks", "lease", "local_files", "manifest", "model_folder"},
         *{"ranks", "run_dir", "stamps", "url_path", "versions"},
+        *{"data_pin"},
         *{"devices", "errors", "lease", "local_files", "manifest", "model_folder"},
         *{"ranks", "run_dir", "strict_json", "trace_summary", "url_path", "versions"},
         *{"fabric_rows", "fabric_verdicts"},
@@ -32,6 +33,9 @@ FLOORS: dict[int, set[str]] = {
         *{
             "bundle",
             "checkpoint_folder",
+            *("data_diff", "data_export", "data_gc", "data_import", "data_inspect", "data_page"),
+            *("documents", "mds_format", "megatron_format", "table_format", "tar_format"),
+            *("token_shards", "token_source"),
             "folder_files",
             "packing",
             "passes",
@@ -67,8 +71,9 @@ FLOOR_1_MAY_USE = {
     *{"numpy", "pyarrow", "fsspec", "xxhash"},
     # Inside functions only: they are slow to import or not always needed.
     *{"jsonargparse", "rich", "yaml", "tokenizers", "kitoken", "s3fs"},
+    "zstandard",
 }
-FLOOR_1_LAZY = {"jsonargparse", "rich", "yaml", "tokenizers", "kitoken", "s3fs"}
+FLOOR_1_LAZY = {"jsonargparse", "rich", "yaml", "tokenizers", "kitoken", "s3fs", "zstandard"}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_utilities"}
 
 

@@ -1,0 +1,55 @@
+"""What every foreign token format is read as: files with a split, and blocks of documents."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK_TOKENS = 1 << 22
+TOKEN_COLUMNS = ("input_ids", "tokens")
+_SPLITS = {"train": "train", "validation": "validation", "valid": "validation",
+           "val": "validation", "dev": "validation", "test": "test"}  # fmt: skip
+_SPLIT = re.compile(rf"({'|'.join(_SPLITS)})(?:$|[-_.])")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Some documents of one file, in its order."""
+
+    tokens: NDArray[np.integer]
+    """(sum(lengths),) of any integer type."""
+    lengths: NDArray[np.int64]
+    """(documents,)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """A file of documents and the files that have to be read for it."""
+
+    path: Path
+    split: str
+    read: Callable[[], Iterator[Block]]
+    """Yields its documents; DataRefused for damage."""
+    beside: tuple[Path, ...] = field(default=())
+    """Other files that decide the tokens (an index); they are part of the source's digest."""
+
+
+def split_of(relative: Path | str) -> str | None:
+    """Split that a file's or folder's name begins with (`train-00000.parquet`), else None."""
+    for part in reversed(Path(relative).parts):
+        if match := _SPLIT.match(part.lower()):
+            return _SPLITS[match[1]]
+    return None
+
+
+def text_advice(what: str) -> str:
+    """What to do with a source that holds text where tokens are wanted."""
+    return (
+        f"{what}; import takes tokens. Turn text into a dataset with `leyden prep tokenize-text "
+        "--input ... --tokenizer ... --output ...`"
+    )
