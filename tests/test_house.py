@@ -38,6 +38,7 @@ FLOORS: dict[int, set[str]] = {
             "run_history",
         },
         *{"shard_file", "skips", "stages", "storage", "svg_chart", "tokenizer", "verify"},
+        *{"batch_layout", "order_choice", "run_order", "sources", "windowed"},
     },
     2: {
         *{"activation", "attention", "batch", "cache", "checkpoint", "checkpoint_files", "drain"},
@@ -45,7 +46,7 @@ FLOORS: dict[int, set[str]] = {
         *{"export_hf", "guard", "initialise", "loader", "loss", "mesh", "meter", "optim"},
         *{"precision", "profiling", "randomness", "sharding", "start", "watchdog"},
         *{"local_device", "memory_plan", "memory_trace", "op_cost", "plan_text", "pretend"},
-        *{"step_time"},
+        *{"source_loss", "step_time"},
         *{"compile", "gradient_scaler", "micro_batch", "stochastic_adamw"},
     },
     3: {
