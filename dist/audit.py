@@ -8,19 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
+from dist.batch_layout import batch_samples
 from dist.dataset import Dataset, open_dataset
 from dist.errors import ConfigError, DataRefused
 from dist.lineage import RowRef, input_paths, refs_of, rows_of_key
-from dist.order import Order, derive_key, permute_inverse
+from dist.mixture import MixedOrder
+from dist.order import Order
 from dist.run_dir import RunDir
-from dist.run_history import I64, History, read_config, read_history
+from dist.run_history import I64, History, Segment, read_config, read_history
+from dist.run_order import mixed_order
 from dist.shard_file import PackedShard
 from dist.skips import SkippingOrder, Skips
+from dist.sources import open_run_sources
 from dist.stages import Stages, first_numbers, read_stages
 from dist.tokenizer import TextTokenizer
+from dist.windowed import make_order
 
 TRAIN = "train"
 
@@ -44,6 +50,8 @@ class Sighting:
     consumed: bool
     planned: bool
     """False for a step after the planned end: it would come if the run were made longer."""
+    source: str = ""
+    """Of a mixture; `epoch` is its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,10 @@ class ReplayedRow:
     shard: str
     row_in_shard: int
     pieces: list[Piece]
+    source: str = ""
+    """Of a mixture; `epoch` is its own."""
+    source_row: int = -1
+    """Row of the source's split; `row` runs on from one source to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +121,8 @@ def who_saw(
 ) -> Answer:
     """Every (epoch, step, rank, micro-batch) at which what `key` names is trained on.
 
-    key: `SPLIT:ROW`, `SHARD_DIGEST_PREFIX:ROW`, or an input's path, or PATH@OFFSET of a document.
+    key: `SPLIT:ROW`, `SHARD_DIGEST_PREFIX:ROW`, or an input's path, or PATH@OFFSET of a document;
+    of a mixture's source as `SOURCE/KEY`.
     epochs: how many to answer for (None: as many as the run consumed or plans). data: where the
     dataset lies now, if it was moved. Raises ConfigError for a key that names nothing.
     """
@@ -117,13 +130,13 @@ def who_saw(
     num_rows = dataset.split(TRAIN).num_rows
     history = read_history(run, num_rows)
     rows = _rows_of_key(run, dataset, key, progress=progress)
+    order = order_of_segment(dataset, history.segments[-1])
     if epochs is None:
-        # Rows that were left out are part of the stream that epochs are cut from.
-        skips = Skips(history.segments[-1].skipped)
-        last = int(skips.to_stream(np.array([max(history.end_t, 1) - 1]))[0])
-        epochs = last // num_rows + 1
+        epochs = epochs_of(order, history.end_t)
     numbers = np.array([ref.row for ref in rows if ref.split == TRAIN], np.int64)
-    sightings = sightings_of(history, num_rows, numbers, epochs)
+    sightings = sightings_of(history, num_rows, numbers, epochs, order)
+    sources = {ref.row: ref.source for ref in rows if ref.split == TRAIN}
+    sightings = [replace(one, source=sources[one.row]) for one in sightings]
     return Answer(
         data=dataset.reference, key=key, rows=rows, sightings=sightings, epochs=epochs,
         steps_done=history.next_step, planned_steps=history.planned_steps,
@@ -160,18 +173,45 @@ def _rows_of_key(run: RunDir, first: Dataset, key: str, *, progress: bool) -> li
         raise
 
 
-def sightings_of(history: History, num_rows: int, rows: I64, epochs: int) -> list[Sighting]:
-    """Sightings of train rows (k,) in epochs 0 to `epochs`, by sample; `rows` of `num_rows`."""
+def order_of_segment(dataset: Dataset, segment: Segment) -> SkippingOrder:
+    """The order of a run's rows, as it was when a segment began. dataset: the run's first."""
+    skips = Skips(segment.skipped)
+    if segment.stages:
+        stages = list(segment.stages)
+        return SkippingOrder(mixed_order(dataset, segment.seed, segment.mode, stages), skips)
+    order = make_order(dataset.split(TRAIN).row_start, segment.seed, segment.mode)
+    return SkippingOrder(order, skips)
+
+
+def epochs_of(order: SkippingOrder, end_t: int) -> int:
+    """Epochs that the samples before end_t touch, of the source that has most; at least 1."""
+    if not isinstance(order.stream, MixedOrder):
+        # Rows that were left out are part of the stream that epochs are cut from.
+        last = int(order.skips.to_stream(np.array([max(end_t, 1) - 1]))[0])
+        return last // order.stream.num_rows + 1
+    mixed = order.stream
+    end = int(order.skips.to_stream(np.array([end_t]))[0])
+    counts = mixed.mixture.counts_at(-(-end // mixed.lanes))
+    pairs = zip(counts, mixed.orders, strict=True)
+    return max(1, *(-(-count * mixed.lanes // one.num_rows) for count, one in pairs))
+
+
+def sightings_of(
+    history: History, num_rows: int, rows: I64, epochs: int, order: Any = None
+) -> list[Sighting]:
+    """Sightings of train rows (k,) in epochs 0 to `epochs`, by sample; `rows` of `num_rows`.
+
+    order: of the run's rows, where it is not the global one.
+    """
     first = history.segments[0]
+    stream = order.stream if order is not None else Order(num_rows, first.seed)
     # What later rollbacks left out changed nothing for the segments before them.
     skips = Skips(history.segments[-1].skipped)
     found = []
     for epoch in range(epochs):
-        # Order.when for many rows; the order has one source until mixtures come.
-        key = derive_key(first.seed, epoch, 0, "row")
-        t = skips.to_sample(epoch * num_rows + permute_inverse(rows, num_rows, key))
+        t = skips.to_sample(stream.positions(rows, epoch))
         by_time = np.argsort(t)[np.count_nonzero(t < 0) :]  # -1: left out by a rollback
-        place = history.places(t[by_time])
+        place = history.places(t[by_time], order)
         columns = zip(
             rows[by_time].tolist(), t[by_time].tolist(), place.step.tolist(),
             place.rank.tolist(), place.world_size.tolist(), place.micro.tolist(),
@@ -211,17 +251,20 @@ def replay(
             f"rank {rank}: step {step} ran on {segment.world_size} data-parallel ranks, "
             f"0 to {segment.world_size - 1} (attempt {segment.attempt})"
         )
-    order = SkippingOrder(Order(split.num_rows, segment.seed), Skips(segment.skipped))
+    order = order_of_segment(dataset, segment)
     epoch, numbers = order.rows(t0, t1)
-    place = history.places(np.arange(t0, t1))
-    mine = np.flatnonzero(place.rank == rank) if rank is not None else np.arange(t1 - t0)
-    refs = refs_of(split, numbers[mine])
+    place = history.places(np.arange(t0, t1), order)
+    # As the ranks take them, rank by rank.
+    mine = batch_samples(order, t0, t1) - t0
+    mine = mine if rank is None else mine[place.rank[mine] == rank]
+    refs = refs_of(split, numbers[mine], dataset)
     pieces = read_pieces(dataset, refs, text=text)
     rows = [
         ReplayedRow(
             t=t0 + i, epoch=int(epoch[i]), rank=int(place.rank[i]), micro=int(place.micro[i]),
             index=int(place.index[i]), row=ref.row, shard=ref.shard,
-            row_in_shard=ref.row_in_shard, pieces=cut,
+            row_in_shard=ref.row_in_shard, pieces=cut, source=ref.source,
+            source_row=ref.source_row,
         )
         for i, ref, cut in zip(mine.tolist(), refs, pieces, strict=True)
     ]  # fmt: skip
@@ -239,6 +282,8 @@ def open_run_data(run: RunDir, data: str = "") -> Dataset:
     identity = run.read_run()
     if identity is None:
         raise ConfigError(f"{run.path} has no run.json: it is not a run, or it never started")
+    if "sources" in identity:
+        return open_run_sources(run, identity, data)
     digest = identity["data_digest"]
     moved = str((read_config(run).get("data") or {}).get("url") or "").partition("@")[0]
     places = [data] if data else [identity["data"].partition("@")[0], *([moved] if moved else [])]
@@ -256,22 +301,26 @@ def open_run_data(run: RunDir, data: str = "") -> Dataset:
 
 def read_pieces(dataset: Dataset, refs: list[RowRef], *, text: bool) -> list[list[Piece]]:
     """Pieces of each row, decoded if asked and if the dataset has its tokenizer."""
-    paths = input_paths(dataset)
+    names = getattr(dataset, "names", ("",))
+    paths = {name: input_paths(one) for name, one in zip(names, dataset.sources, strict=True)}
     tokenizer = None
     if text and dataset.manifest.tokenizer_digest is not None:
         tokenizer = TextTokenizer(dataset.read_tokenizer())
     by_name = {shard.name: shard for shard in dataset.manifest.shards}
     pieces: list[list[Piece]] = [[] for _ in refs]
     # Shard by shard: one map is open at a time, however many the batch touches.
-    by_shard = sorted(range(len(refs)), key=lambda i: refs[i].shard)
-    for name, numbers in groupby(by_shard, key=lambda i: refs[i].shard):
+    by_shard = sorted(range(len(refs)), key=lambda i: (refs[i].shard, refs[i].source))
+    for (name, mixed_in), numbers in groupby(
+        by_shard, key=lambda i: (refs[i].shard, refs[i].source)
+    ):
+        own = paths[mixed_in]
         shard = PackedShard(dataset.shard_path(by_name[name]))
         for number in numbers:
             row, start = refs[number].row_in_shard, 0
             tokens = shard.tokens(row, row + 1)[0]
             for source, offset, length in shard.lineage(row):
                 said = tokenizer.decode(tokens[start : start + length]) if tokenizer else None
-                path = (paths[source][0] or paths[source][1]) if source < len(paths) else ""
+                path = (own[source][0] or own[source][1]) if source < len(own) else ""
                 pieces[number].append(
                     Piece(input=source, path=path, offset=offset, tokens=length, text=said)
                 )

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from dist.audit import TRAIN, Replay, ReplayedRow, read_pieces
-from dist.dataset import Dataset, SplitTable, open_dataset
+from dist.batch_layout import batch_rows, batch_samples
+from dist.dataset import MIXED, Dataset, SplitTable, open_dataset
 from dist.errors import ConfigError, DataRefused
 from dist.lineage import RowRef, refs_of
 from dist.local_files import write_atomic
@@ -35,8 +36,9 @@ def rows_of_step(
 ) -> list[ReplayedRow]:  # fmt: skip
     """The rows of a step [t0, t1) with their places and source documents, without text."""
     size = min(micro_batch, -(-(t1 - t0) // world_size))
-    epochs, numbers = order.rows(t0, t1)
-    refs = refs_of(split, numbers)
+    t = batch_samples(order, t0, t1)
+    epochs, numbers = batch_rows(order, t0, t1, 0, t1 - t0)
+    refs = refs_of(split, numbers, dataset)
     pieces = read_pieces(dataset, refs, text=False)
     found = []
     for rank in range(world_size):
@@ -45,7 +47,7 @@ def rows_of_step(
             micro, index = divmod(i - lo, size)
             found.append(
                 ReplayedRow(
-                    t=t0 + i,
+                    t=int(t[i]),
                     epoch=int(epochs[i]),
                     rank=rank,
                     micro=micro,
@@ -54,6 +56,8 @@ def rows_of_step(
                     shard=refs[i].shard,
                     row_in_shard=refs[i].row_in_shard,
                     pieces=pieces[i],
+                    source=refs[i].source,
+                    source_row=refs[i].source_row,
                 )  # fmt: skip
             )
     return found
@@ -112,14 +116,14 @@ def replay_bundle(path: Path | str, *, data: str = "", rank: int | None = None) 
     """
     record = read_bundle(path)
     reference = record["data"]
-    if data:
+    if data and not reference.startswith(MIXED):
         reference = f"{data.partition('@')[0]}@{reference.rpartition('@')[2]}"
     dataset = open_dataset(reference)
     split = dataset.split(TRAIN)
     listed = [row for row in record["rows"] if rank is None or row["rank"] == rank]
     if not listed:
         raise ConfigError(f"rank {rank} has no row in {path}: it ran on {record['world_size']}")
-    refs = refs_of(split, np.array([row["row"] for row in listed], np.int64))
+    refs = refs_of(split, np.array([row["row"] for row in listed], np.int64), dataset)
     if [(one.shard, one.row_in_shard) for one in refs] != [
         (row["shard"], row["row_in_shard"]) for row in listed
     ]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from dist.storage import Storage
 from dist.transfer import retried
 
 _PATHS_KEPT = 2
+
+MIXED = "mix:"
+"""How the reference of several datasets begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,11 @@ class Dataset:
     def reference(self) -> str:
         """`URL@digest`, which names this version for ever."""
         return f"{self.storage.url}@{self.data_digest}"
+
+    @property
+    def sources(self) -> tuple[Dataset, ...]:
+        """What it is mixed of; itself alone for most."""
+        return (self,)
 
     def split(self, name: str) -> SplitTable:
         """The rows of one split."""
@@ -129,13 +139,117 @@ class Dataset:
         return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class MixedDataset(Dataset):
+    """Several datasets with one tokenizer and one length of rows, laid end to end.
+
+    Row and shard numbers of a split run on from one source to the next, so one number names a row.
+    `storage` and `manifest.schema` are the first one's; the manifest lists all shards.
+    """
+
+    names: tuple[str, ...]
+    parts: tuple[Dataset, ...]
+
+    @property
+    def reference(self) -> str:
+        listed = [[name, part.reference] for name, part in zip(self.names, self.parts, strict=True)]
+        return f"{MIXED}{json.dumps(listed, separators=(',', ':'))}@{self.data_digest}"
+
+    @property
+    def sources(self) -> tuple[Dataset, ...]:
+        return self.parts
+
+    def split(self, name: str) -> SplitTable:
+        tables = [part.split(name) for part in self.parts if name in part.manifest.splits()]
+        rows = [np.diff(table.row_start) for table in tables]
+        return SplitTable(
+            name=name,
+            shards=tuple(shard for table in tables for shard in table.shards),
+            row_start=np.concatenate([np.zeros(1, np.int64), *rows]).cumsum(),
+        )
+
+    def shard_path(self, shard: Shard) -> Path:
+        return self._owner(shard).shard_path(shard)
+
+    def _owner(self, shard: Shard) -> Dataset:
+        """The source that holds a shard; its name is its digest, so of several any will do."""
+        for part in self.parts:
+            if shard in part.manifest.shards:
+                return part
+        raise ValueError(f"{shard.name} is of none of the sources {', '.join(self.names)}")
+
+    @property
+    def is_remote(self) -> bool:
+        return any(part.is_remote for part in self.parts)
+
+    def hold(self, shard: Shard, stop: threading.Event | None = None) -> Lease | None:
+        return self._owner(shard).hold(shard, stop)
+
+
+def first_rows(dataset: Dataset, split: str) -> NDArray[np.int64]:
+    """Where the rows of each source begin in a split, (sources + 1,); [0, N] for one dataset."""
+    rows = [sum(s.rows for s in one.manifest.shards if s.split == split) for one in dataset.sources]
+    return np.cumsum([0, *rows], dtype=np.int64)
+
+
+def mix(names: Sequence[str], parts: Sequence[Dataset]) -> MixedDataset:
+    """Datasets as one; ConfigError names two of them that cannot be trained on together."""
+    first = parts[0].manifest
+    for name, part in zip(names, parts, strict=True):
+        theirs = part.manifest
+        pairs: dict[str, tuple[Any, Any]] = {"kind": (first.kind, theirs.kind)}
+        pairs["tokenizer"] = (first.tokenizer_digest, theirs.tokenizer_digest)
+        for key in ("seq_len", "token_dtype", "vocab_size", "bos_id", "eos_id"):
+            pairs[key] = (first.schema.get(key), theirs.schema.get(key))
+        for what, (one, other) in pairs.items():
+            if one != other:
+                raise ConfigError(
+                    f"the sources {names[0]} and {name} differ in {what}: {one} and {other}; write "
+                    "them with one tokenizer and one seq_len"
+                )
+    totals: dict[str, dict[str, int]] = {}
+    for part in parts:
+        for split, counts in part.manifest.totals.items():
+            into = totals.setdefault(split, dict.fromkeys(counts, 0))
+            for key, count in counts.items():
+                into[key] += count
+    manifest = dataclasses.replace(
+        first, shards=tuple(s for part in parts for s in part.manifest.shards), totals=totals
+    )
+    listed = [[name, part.data_digest] for name, part in zip(names, parts, strict=True)]
+    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return MixedDataset(
+        storage=parts[0].storage, manifest=manifest, data_digest=digest,
+        cache_config=parts[0].cache_config, names=tuple(names), parts=tuple(parts),
+    )  # fmt: skip
+
+
+def mixed_references(reference: str) -> list[tuple[str, str]]:
+    """(name, reference) of each source that a MixedDataset's reference lists."""
+    listed, _, _ = reference.removeprefix(MIXED).rpartition("@")
+    try:
+        return [(str(name), str(one)) for name, one in json.loads(listed)]
+    except (ValueError, TypeError):
+        raise ConfigError(f"{reference[:80]!r} is not the reference of a mixture") from None
+
+
+def _open_mixed(reference: str, cache: CacheConfig | None) -> MixedDataset:
+    listed = mixed_references(reference)
+    made = mix([name for name, _ in listed], [open_dataset(one, cache) for _, one in listed])
+    if made.data_digest != reference.rpartition("@")[2]:
+        raise DataRefused(f"the sources of {reference[:80]}... are other versions than it names")
+    return made
+
+
 def open_dataset(reference: str, cache: CacheConfig | None = None) -> Dataset:
     """Open `URL` (its LATEST, resolved now), `URL@hexprefix`, or a pin file; `cache` for a remote
     one.
 
-    Raises ConfigError for a reference that names nothing or several versions, DataRefused for a
-    manifest whose bytes do not match its name.
+    Or several of them, by the reference of a MixedDataset. Raises ConfigError for a reference that
+    names nothing or several versions, DataRefused for a manifest whose bytes do not match its name.
     """
+    if reference.startswith(MIXED):
+        return _open_mixed(reference, cache)
     url, prefix = parse_reference(reference)
     if is_pin(url):
         return _open_pin(url, prefix, cache)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dist.dataset import Dataset, SplitTable
+from dist.dataset import Dataset, MixedDataset, SplitTable, first_rows
 from dist.errors import ConfigError
 from dist.progress import Progress
 
@@ -30,10 +30,23 @@ class RowRef:
     row: int
     shard: str
     row_in_shard: int
+    source: str = ""
+    """Of a mixture, whose rows are numbered from one source on to the next."""
+    source_row: int = -1
+    """Row of that source's split."""
+
+    @property
+    def name(self) -> str:
+        """As a key."""
+        if self.source:
+            return f"{self.source}/{self.split}:{self.source_row}"
+        return f"{self.split}:{self.row}"
 
 
 def rows_of_key(dataset: Dataset, key: str, *, progress: bool = True) -> list[RowRef]:
     """Rows that a key names; see who_saw. A source is looked for in all shards of all splits."""
+    if isinstance(dataset, MixedDataset):
+        return _rows_of_mixture(dataset, key, progress=progress)
     paths = input_paths(dataset)
     if (number := _input_number(paths, key)) is not None:
         return rows_of_source(dataset, number, None, progress=progress)
@@ -56,6 +69,36 @@ def rows_of_key(dataset: Dataset, key: str, *, progress: bool = True) -> list[Ro
         + f"pass SPLIT:ROW (splits: {', '.join(dataset.manifest.splits())}), SHARD_DIGEST:ROW, "
         f"or the path of one of its {len(paths)} inputs, also as PATH@OFFSET"
     )
+
+
+def _rows_of_mixture(dataset: MixedDataset, key: str, *, progress: bool) -> list[RowRef]:
+    """SOURCE/KEY in that source; a shard's row or an input also without SOURCE, in all of them."""
+    name, _, rest = key.partition("/")
+    chosen = [name] if name in dataset.names and rest else list(dataset.names)
+    if len(chosen) > 1:
+        split, _, row = key.rpartition(":")
+        if split in dataset.manifest.splits() and row.isdigit():
+            raise ConfigError(
+                f"{key} names a row of each source; say which: "
+                + ", ".join(f"{one}/{key}" for one in dataset.names)
+            )
+        rest = key
+    found: list[RowRef] = []
+    problems = []
+    for one in chosen:
+        part = dataset.parts[dataset.names.index(one)]
+        try:
+            rows = rows_of_key(part, rest, progress=progress)
+        except ConfigError as error:
+            problems.append(f"{one}: {error}")
+            continue
+        for split in dict.fromkeys(ref.split for ref in rows):
+            own = np.array([ref.row for ref in rows if ref.split == split], np.int64)
+            first = int(first_rows(dataset, split)[dataset.names.index(one)])
+            found += refs_of(dataset.split(split), first + own, dataset)
+    if not found:
+        raise ConfigError("; ".join(problems))
+    return found
 
 
 def input_paths(dataset: Dataset) -> list[tuple[str, str]]:
@@ -146,10 +189,18 @@ def _row_of_shard(dataset: Dataset, prefix: str, row: int) -> RowRef:
     return RowRef(split=shard.split, row=number, shard=shard.name, row_in_shard=row)
 
 
-def refs_of(split: SplitTable, rows: I64) -> list[RowRef]:
-    """Rows (k,) of a split with their shards."""
+def refs_of(split: SplitTable, rows: I64, dataset: Dataset | None = None) -> list[RowRef]:
+    """Rows (k,) of a split with their shards, and of a mixture with their sources."""
     shard, local = split.locate(rows)
-    return [
+    refs = [
         RowRef(split=split.name, row=row, shard=split.shards[s].name, row_in_shard=i)
         for row, s, i in zip(rows.tolist(), shard.tolist(), local.tolist(), strict=True)
+    ]
+    if not isinstance(dataset, MixedDataset):
+        return refs
+    first = first_rows(dataset, split.name)
+    source = np.searchsorted(first, rows, side="right") - 1
+    return [
+        replace(ref, source=dataset.names[s], source_row=ref.row - int(first[s]))
+        for ref, s in zip(refs, source.tolist(), strict=True)
     ]

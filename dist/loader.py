@@ -28,12 +28,15 @@ import torch.distributed
 from numpy.typing import NDArray
 
 from dist.batch import Batch, make_batches
-from dist.dataset import Dataset, SplitTable
+from dist.batch_layout import batch_rows
+from dist.dataset import Dataset, SplitTable, first_rows
 from dist.drain import end_soon, lost_peer
 from dist.errors import describe
 from dist.mesh import PeerFailed, host_group
 from dist.open_shards import OpenShards
-from dist.order import Order, SequentialOrder, num_micro_batches, rank_span
+from dist.order import FirstRows, OrderState, num_micro_batches, rank_span
+from dist.run_dir import RunDir
+from dist.run_order import first_order
 from dist.skips import SkippingOrder, Skips
 from dist.stages import LOOK_AHEAD_STEPS, DerivedOrder
 from dist.verify import ShardVerifier
@@ -106,6 +109,10 @@ class TokenLoader:
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self.plan, self.split, self.order = plan, split, order
+        self.source_names: tuple[str, ...] = getattr(dataset, "names", ())
+        """Of a mixture."""
+        self.source_rows = first_rows(dataset, split.name)
+        """(sources + 1,) where the rows of each source begin; its source derives from a row."""
         self.wait_s = 0.0
         """Seconds that the consumer waited for data, in all."""
         self.goes_on = False
@@ -236,7 +243,7 @@ class TokenLoader:
         """All micro-batches of this rank's part of one step."""
         plan = self.plan
         lo, hi = rank_span(t1 - t0, plan.rank, plan.world_size)
-        _, rows = self.order.rows(t0 + lo, t0 + hi)
+        _, rows = batch_rows(self.order, t0, t1, lo, hi)
         size = min(plan.micro_batch, -(-(t1 - t0) // plan.world_size))
         num_rows = plan.num_micro(t1 - t0) * size
         # tokens: (num_rows, seq + 1); rows that this rank lacks are padding.
@@ -352,15 +359,17 @@ def planned_shards(split: SplitTable, order: RowOrder, start_t: int, look_ahead:
 def training_loader(
     dataset: Dataset, seed: int, plan: LoaderPlan, run: Path, stack: ExitStack,
     stop_requested: Callable[[], bool], skipped: Sequence[Sequence[int]] = (),
-    removed: Sequence[int] = (),
+    removed: Sequence[int] = (), state: OrderState | None = None,
 ) -> TokenLoader:  # fmt: skip
     """Rows of `train` in the order of `seed`, verified before use; all ranks must call it.
 
     skipped: ranges of the order's stream to leave out; removed: rows that the dataset lacks of
-    the one that the order is of.
+    the one that the order is of; state: the order's mode, `global` without one.
     """
     split = dataset.split("train")
-    order: RowOrder = SkippingOrder(Order(split.num_rows + len(removed), seed), Skips(skipped))
+    order: RowOrder = SkippingOrder(
+        first_order(RunDir(run), dataset, seed, state, len(removed)), Skips(skipped)
+    )
     if removed:
         order = DerivedOrder(order, list(removed))
     verifier = ShardVerifier(dataset, split, run / "verified")
@@ -379,16 +388,16 @@ def training_loader(
 def validation_loader(
     dataset: Dataset, plan: LoaderPlan, num_rows: int, run: Path, stack: ExitStack
 ) -> TokenLoader | None:
-    """The first `num_rows` rows (0: all) of `validation`, each once; None without that split."""
+    """The first `num_rows` rows (0: all) of `validation` of each source, each once.
+
+    None without that split.
+    """
     if "validation" not in dataset.manifest.splits():
         return None
     split = dataset.split("validation")
-    plan = dataclasses.replace(
-        plan, start_step=0, start_t=0, end_step=None,
-        end_t=min(num_rows or split.num_rows, split.num_rows),
-    )  # fmt: skip
+    order = FirstRows(first_rows(dataset, "validation"), num_rows or split.num_rows)
+    plan = dataclasses.replace(plan, start_step=0, start_t=0, end_step=None, end_t=order.num_rows)
     verifier = ShardVerifier(dataset, split, run / "verified")
-    order = SequentialOrder(split.num_rows)
     loader = TokenLoader(
         dataset, split, order, plan, verifier=verifier, pin=torch.cuda.is_available()
     )

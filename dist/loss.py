@@ -21,16 +21,18 @@ def chunk_tokens(vocab_size: int, device: torch.device) -> int:
 
 
 def summed_loss(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, valid_N: Tensor, chunk: int = 0
-) -> Tensor:
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, valid_N: Tensor, chunk: int = 0,
+    losses_N: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Sum over valid targets of -log softmax(hidden @ weight.T)[target], in nats; a scalar.
 
     Softmax and sum are in fp32 (fp64 for fp64 inputs). Gradients are made in the forward, chunk
-    by chunk, so memory holds C x V logits and the two gradients, never N x V.
+    by chunk, so memory holds C x V logits and the two gradients, never N x V. losses_N: takes the
+    terms of the sum, without gradients; 0 where a target is not valid.
     """
     if chunk <= 0:
         chunk = chunk_tokens(weight_VD.shape[0], hidden_ND.device)
-    return _SummedLoss.apply(hidden_ND, weight_VD, targets_N, valid_N, chunk)
+    return _SummedLoss.apply(hidden_ND, weight_VD, targets_N, valid_N, chunk, losses_N)
 
 
 class _SummedLoss(Function):
@@ -42,6 +44,7 @@ class _SummedLoss(Function):
         targets_N: Tensor,
         valid_N: Tensor,
         chunk: int,
+        losses_N: Tensor | None,
     ) -> Tensor:
         wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -57,7 +60,10 @@ class _SummedLoss(Function):
             # Autocast, where it is on, picks the matmul's dtype.
             logits_CV = torch.mm(h_CD, weight_VD.t()).to(wide)
             logsum_C1 = torch.logsumexp(logits_CV, dim=1, keepdim=True)
-            total += ((logsum_C1 - logits_CV.gather(1, target_C1)) * keep_C1).sum()
+            loss_C1 = (logsum_C1 - logits_CV.gather(1, target_C1)) * keep_C1
+            total += loss_C1.sum()
+            if losses_N is not None:
+                losses_N[here] = loss_C1.squeeze(1)
             if not (wants_hidden or wants_weight):
                 continue
             # d loss / d logits = softmax - one_hot, in place of the logits.
@@ -79,7 +85,7 @@ class _SummedLoss(Function):
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def loss_scale(step_targets: int, num_ranks: int, accumulation: int) -> float:

@@ -10,8 +10,8 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dist.batch_layout import batch_rows
 from dist.cache import Lease, NodeCache
 from dist.cache_folder import in_words
 from dist.dataset import Dataset, SplitTable
@@ -36,18 +36,12 @@ class Steps(Protocol):
     def steps(self) -> Iterator[tuple[int, int, int]]: ...
 
 
-def rows_of_step(order: Any, plan: Any, t0: int, t1: int) -> NDArray[np.int64]:
-    """Rows of the split that this rank takes of a step."""
-    lo, hi = rank_span(t1 - t0, plan.rank, plan.world_size)
-    if getattr(order, "lanes", 1) > 1:  # a batch lies lane by lane before it is cut
-        return np.asarray(order.at(order.layout(t0, t1)[lo:hi])[1])
-    return np.asarray(order.rows(t0 + lo, t0 + hi)[1])
-
-
 def shards_of_steps(split: SplitTable, order: Any, plan: Any) -> Iterator[tuple[int, list[int]]]:
     """(step, numbers of the shards that this rank reads in it) of each step of a plan."""
     for step, t0, t1 in plan.steps():
-        yield step, np.unique(split.locate(rows_of_step(order, plan, t0, t1))[0]).tolist()
+        lo, hi = rank_span(t1 - t0, plan.rank, plan.world_size)
+        _, rows = batch_rows(order, t0, t1, lo, hi)
+        yield step, np.unique(split.locate(rows)[0]).tolist()
 
 
 def remote_notes(dataset: Dataset, order: str = "global") -> list[str]:
@@ -84,7 +78,7 @@ class OpenShards:
 
     def __init__(self, dataset: Dataset, split: SplitTable, verifier: ShardVerifier | None) -> None:
         self._dataset, self._split = dataset, split
-        self._verifier = verifier if not dataset.is_remote else None
+        self._verifier = verifier
         self._open: OrderedDict[int, tuple[PackedShard, Lease | None]] = OrderedDict()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -99,12 +93,12 @@ class OpenShards:
             except KeyError:  # closed by another thread meanwhile; `found` keeps the map
                 pass
             return found[0]
-        if self._verifier is not None:
-            self._verifier.require(number)
         shard = self._split.shards[number]
         if self._dataset.is_remote:
             self._close_beyond_half(shard.bytes)
         lease = self._dataset.hold(shard, self._stop)
+        if lease is None and self._verifier is not None:  # the cache has checked what it lends
+            self._verifier.require(number)
         mapped = PackedShard(lease.path if lease else self._dataset.shard_path(shard))
         with self._lock:
             self._open[number] = (mapped, lease)

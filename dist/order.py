@@ -22,6 +22,7 @@ from dist.errors import ConfigError
 
 ALGORITHM_VERSION = 1
 ROUNDS = 6
+MODES = ("global", "windowed")
 U64 = NDArray[np.uint64]
 
 
@@ -104,7 +105,10 @@ class Order:
         """(epoch, row) of each sample t0 <= t < t1, two (t1 - t0,) arrays."""
         if not 0 <= t0 <= t1:
             raise ValueError(f"samples [{t0}, {t1}) do not exist")
-        t = np.arange(t0, t1, dtype=np.int64)
+        return self.at(np.arange(t0, t1, dtype=np.int64))
+
+    def at(self, t: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(epoch, row) of samples t (k,), in any order."""
         epoch, position = np.divmod(t, self.num_rows)
         row = np.empty_like(position)
         for e in np.unique(epoch):
@@ -114,8 +118,11 @@ class Order:
 
     def when(self, row: int, epoch: int) -> int:
         """The sample counter t at which a row comes in an epoch: the audit query."""
-        position = permute_inverse(np.array([row]), self.num_rows, self._key(epoch))
-        return epoch * self.num_rows + int(position[0])
+        return int(self.positions(np.array([row]), epoch)[0])
+
+    def positions(self, rows: NDArray[np.integer], epoch: int) -> NDArray[np.int64]:
+        """`when` of many rows, (k,) -> (k,)."""
+        return epoch * self.num_rows + permute_inverse(rows, self.num_rows, self._key(epoch))
 
     def _key(self, epoch: int) -> U64:
         return derive_key(self.seed, epoch, self.source, "row")
@@ -131,8 +138,26 @@ class SequentialOrder:
         """(epoch 0, row t) of each sample t0 <= t < t1 <= num_rows."""
         if not 0 <= t0 <= t1 <= self.num_rows:
             raise ValueError(f"samples [{t0}, {t1}) are not in [0, {self.num_rows})")
-        t = np.arange(t0, t1, dtype=np.int64)
+        return self.at(np.arange(t0, t1, dtype=np.int64))
+
+    def at(self, t: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(epoch 0, row t) of samples t (k,)."""
         return np.zeros_like(t), t
+
+
+class FirstRows(SequentialOrder):
+    """The first rows of each source, as they lie, once."""
+
+    def __init__(self, row_offset: NDArray[np.int64], most: int) -> None:
+        """row_offset: (sources + 1,) where the rows of each source begin; most: rows of each."""
+        ends = np.minimum(row_offset[:-1] + most, row_offset[1:])
+        rows = [np.arange(a, b) for a, b in zip(row_offset[:-1], ends, strict=True)]
+        self._rows = np.concatenate(rows)
+        super().__init__(len(self._rows))
+
+    def at(self, t: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(epoch 0, row) of samples t (k,)."""
+        return np.zeros_like(t), self._rows[t]
 
 
 def rank_span(batch: int, coordinate: int, num_coordinates: int) -> tuple[int, int]:
@@ -166,13 +191,20 @@ class OrderState:
     """Global batch of the segment that starts here."""
     algorithm: int = ALGORITHM_VERSION
     mode: str = "global"
+    """global, or windowed (dist/windowed.py)."""
     lanes: int = 0
     window: int = 0
+    """Shards; what was asked for."""
+    block_rows: int = 0
+    """Rows of a block, which `window` decided when the run began."""
     stages: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[list[int]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        record = dataclasses.asdict(self)
+        if self.mode == "global":  # the record is what it was before there was another mode
+            del record["block_rows"]
+        return record
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> OrderState:
@@ -181,9 +213,9 @@ class OrderState:
         if set(record) - known:
             raise ConfigError(f"the order state holds unknown keys {sorted(set(record) - known)}")
         state = cls(**record)
-        if state.algorithm != ALGORITHM_VERSION or state.mode != "global":
+        if state.algorithm != ALGORITHM_VERSION or state.mode not in MODES:
             raise ConfigError(
                 f"the order state is of algorithm {state.algorithm}, mode {state.mode!r}; this "
-                f"Leyden has algorithm {ALGORITHM_VERSION}, mode 'global'"
+                f"Leyden has algorithm {ALGORITHM_VERSION}, modes {', '.join(MODES)}"
             )
         return state

@@ -328,6 +328,10 @@ def _lineage(facts: Facts) -> str:
         ]
     seen = f"{facts.samples:,} rows" + (f", {facts.epochs:.3f} epochs" if facts.epochs else "")
     facts_of_data.append(("consumed", seen))
+    facts_of_data += [
+        (f"source {name}", f"{rows:,} rows consumed, {epochs:.3f} epochs of it")
+        for name, rows, epochs in facts.by_source
+    ]
     listed = [_input_name(one) for one in (made.get("inputs") or [])]
     more = f"\n... {len(listed) - SHOWN_INPUTS:,} more" if len(listed) > SHOWN_INPUTS else ""
     files = (

@@ -12,11 +12,22 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from dist.dataset import Dataset
+import numpy as np
+
+from dist.dataset import Dataset, MixedDataset, first_rows
 from dist.errors import LeydenError
 from dist.lease import holder_gone
 from dist.run_dir import RunDir
-from dist.run_history import Segment, read_config, read_history, read_json, read_segments
+from dist.run_history import (
+    History,
+    Segment,
+    read_config,
+    read_history,
+    read_json,
+    read_segments,
+)
+from dist.skips import Skips
+from dist.sources import counts_of
 
 DATA_BOUND_SHARE = 0.05
 Line = dict[str, Any]
@@ -84,6 +95,8 @@ class Facts:
     """Inputs consumed, rewound steps left out; None if the dataset is gone."""
     epochs: float | None
     baselines: dict[str, float]
+    by_source: list[tuple[str, int, float]]
+    """(name, rows consumed, epochs) of each source of a mixture."""
     data: Dataset | None
     data_problem: str
     provenance: Line
@@ -135,10 +148,12 @@ def read_facts(run: RunDir) -> Facts:
     problems = []
     num_rows = data.split("train").num_rows if data else 0
     next_step, planned, samples = 0, read_config(run).get("max_steps"), 0
+    by_source: list[tuple[str, int, float]] = []
     try:
         history = read_history(run, num_rows)
         next_step, planned = history.next_step, history.planned_steps
         samples = history.samples_of(next_step - 1)[1] if next_step else 0
+        by_source = _by_source(data, history, samples)
     except LeydenError as error:
         if segments:
             problems.append(str(error))
@@ -153,10 +168,25 @@ def read_facts(run: RunDir) -> Facts:
         attempts=attempts, metrics=metrics, next_step=next_step, planned_steps=planned,
         samples=samples,
         tokens=samples * int(data.manifest.schema["seq_len"]) if data else None,
-        epochs=samples / num_rows if num_rows else None,
+        epochs=samples / num_rows if num_rows and not by_source else None, by_source=by_source,
         baselines=_baselines(run), data=data, data_problem=problem, provenance=provenance,
         problems=problems,
     )  # fmt: skip
+
+
+def _by_source(
+    data: Dataset | None, history: History, samples: int
+) -> list[tuple[str, int, float]]:
+    last = history.segments[-1]
+    if not isinstance(data, MixedDataset) or not last.stages:
+        return []
+    end = int(Skips(last.skipped).to_stream(np.array([samples]))[0])
+    counts = counts_of(list(last.stages), end, last.mode.lanes)
+    rows = np.diff(first_rows(data, "train")).tolist()
+    return [
+        (name, count, count / size)
+        for name, count, size in zip(data.names, counts, rows, strict=False)
+    ]
 
 
 def verdict(facts: Facts) -> str:

@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist import strict_json
+from dist.batch_layout import batch_places
 from dist.errors import ConfigError, DataRefused
 from dist.run_dir import RunDir
 from dist.skips import Skips
+from dist.windowed import OrderMode
 
 I64 = NDArray[np.int64]
 
@@ -39,6 +41,10 @@ class Segment:
     data_digest: str
     skipped: tuple[tuple[int, int], ...] = ()
     """Ranges of the stream that rollbacks had left out when the segment began."""
+    mode: OrderMode = OrderMode()
+    """How rows are ordered."""
+    stages: tuple[dict[str, Any], ...] = ()
+    """Of a mixture, from the run's first to those planned then."""
 
     def t_of(self, step: int) -> int:
         """First sample of a step of this segment."""
@@ -91,8 +97,11 @@ class History:
         later = [other.t0 for other in self.segments if other.step0 > step]
         return t0, min([t0 + segment.batch, *later])
 
-    def places(self, t: I64) -> Places:
-        """Where samples t (k,) are consumed; samples past the plan as if the run went on."""
+    def places(self, t: I64, order: Any = None) -> Places:
+        """Where samples t (k,) are consumed; samples past the plan as if the run went on.
+
+        order: of the run, for one that lays its batches out in its own way.
+        """
         t = np.asarray(t, np.int64)
         starts = np.array([segment.t0 for segment in self.segments])
         number = np.searchsorted(starts, t, side="right") - 1
@@ -107,6 +116,8 @@ class History:
         next_start = np.append(starts[1:], np.iinfo(np.int64).max)[number]
         rows = np.minimum(of("batch"), next_start - (t - offset))
         world_size = of("world_size")
+        if getattr(order, "lanes", 1) > 1:
+            offset = _places_in_batch(order, t, t - offset, rows)
         # The rank whose span holds the offset: the last r with r * rows // world_size <= offset.
         rank = ((offset + 1) * world_size - 1) // rows
         micro_size = np.minimum(of("micro_batch"), -(-rows // world_size))
@@ -115,6 +126,16 @@ class History:
             step=of("step0") + steps, attempt=of("attempt"), world_size=world_size,
             rank=rank, micro=micro, index=index,
         )  # fmt: skip
+
+
+def _places_in_batch(order: Any, t: I64, t0: I64, rows: I64) -> I64:
+    """Each sample's place in its batch [t0, t0 + rows), all (k,)."""
+    places = np.empty_like(t)
+    for first in np.unique(t0):
+        here = t0 == first
+        batch = batch_places(order, int(first), int(first + rows[here][0]))
+        places[here] = batch[t[here] - first]
+    return places
 
 
 def find_run(name: str, run_root: str = "runs") -> RunDir:
@@ -245,6 +266,8 @@ def _segment(run: RunDir, identity: dict[str, Any], line: dict[str, Any]) -> Seg
         **{name: line[name] for name in ("step0", "t0", "batch", "world_size", "attempt")},
         **{name: line[name] for name in ("seed", "data_digest")},
         skipped=tuple((int(p0), int(p1)) for p0, p1 in line.get("skipped", ())),
+        mode=OrderMode.of(line),
+        stages=tuple(line.get("stages", ())),
     )
 
 
@@ -254,4 +277,5 @@ def _segment_facts(run: RunDir, identity: dict[str, Any], line: dict[str, Any]) 
         "t0": line["t0"], "batch": line["batch"], "attempt": line["attempt"],
         "world_size": int(env.get("WORLD_SIZE", 1)),
         "seed": identity["config"]["seed"], "data_digest": identity["data_digest"],
+        **identity.get("order", {}),
     }  # fmt: skip

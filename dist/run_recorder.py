@@ -20,7 +20,9 @@ from dist.order import OrderState
 from dist.progress import Progress
 from dist.run_dir import RunDir
 from dist.sharding import num_parameters
+from dist.source_loss import SourceLosses
 from dist.url_path import Place
+from dist.windowed import OrderMode
 
 
 class RunRecorder(Callback):
@@ -52,6 +54,8 @@ class RunRecorder(Callback):
         """Called on all ranks with the metrics so far; what they return is logged too."""
         self.metric_sinks: list[Callable[[int, dict[str, Any]], None]] = []
         """Called on rank 0 with (step, metrics)."""
+        self._by_source = SourceLosses(loader.source_names, loader.source_rows)
+        self._validated: SourceLosses | None = None
         self._exit = ExitStack()
         self._bar: Progress | None = None
         self._window = _Window()
@@ -82,9 +86,14 @@ class RunRecorder(Callback):
                 f"{order.seed}; this run trains on {self.order.data_digest[:12]}, seed "
                 f"{self.order.seed}: resume from a checkpoint of this data, or start without one"
             )
+        if OrderMode.of(order) != OrderMode.of(self.order):
+            raise DataRefused(
+                f"the checkpoint {folder} is of the order `{OrderMode.of(order)}`, this run has "
+                f"`{OrderMode.of(self.order)}`: resume from a checkpoint of this order"
+            )
         plan = dataclasses.replace(self.loader.plan, start_step=order.step, start_t=order.t)
         self.loader.replan(plan)
-        self.order = dataclasses.replace(order, batch=plan.batch)
+        self.order = dataclasses.replace(order, batch=plan.batch, stages=self.order.stages)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         plan = self.loader.plan
@@ -121,6 +130,8 @@ class RunRecorder(Callback):
             "seed": self.order.seed,
             "data_digest": self.order.data_digest,
             **({"skipped": self.order.skipped} if self.order.skipped else {}),
+            **OrderMode.of(self.order).to_dict(),
+            **({"stages": self.order.stages} if self.order.stages else {}),
         }
 
     def write_line(self, name: str, record: dict[str, Any]) -> None:
@@ -138,6 +149,9 @@ class RunRecorder(Callback):
     ) -> None:
         share = outputs["loss_sum"] / max(batch.step_targets, 1)
         self._window.loss = share if self._window.loss is None else self._window.loss + share
+        losses = getattr(pl_module.net, "token_losses", None)
+        if self.loader.source_names and losses is not None:
+            self._by_source.add(batch, losses)
         if not batch.ends_step:
             return
         self._consumed(trainer, batch)
@@ -174,15 +188,20 @@ class RunRecorder(Callback):
         window = self._window
         assert window.loss is not None
         # Ranks of a tensor-parallel group have the same rows: one of them counts.
-        loss = window.loss.detach() * self.loader.plan.counts
+        loss = window.loss.detach()
+        by_source = self._by_source.take().to(loss).flatten()
+        # One all-reduce and one wait for all of them.
+        sums = torch.cat((loss.view(1), by_source)) * self.loader.plan.counts
         if trainer.world_size > 1:
-            torch.distributed.all_reduce(loss)
-        self.train_loss = loss.item() / window.steps
+            torch.distributed.all_reduce(sums)
+        loss_sum, *source_sums = sums.tolist()
+        self.train_loss = loss_sum / window.steps
         elapsed_s = max(time.perf_counter() - window.since, 1e-9)
         metrics = {
             "step": step,
             "steps": window.steps,
             "loss": self.train_loss,
+            **self._by_source.means(source_sums, "loss"),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "grad_norm": float(pl_module.grad_norm),
             "tokens_per_s": window.tokens / elapsed_s,
@@ -207,10 +226,31 @@ class RunRecorder(Callback):
         for sink in self.metric_sinks:
             sink(metrics["step"], metrics)
 
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        losses = getattr(pl_module.net, "token_losses", None)
+        if self.loader.source_names and losses is not None:
+            if self._validated is None:
+                rows = trainer.val_dataloaders.source_rows  # type: ignore[union-attr]
+                self._validated = SourceLosses(self.loader.source_names, rows)
+            self._validated.add(batch, losses)
+
+    def _validation_by_source(self, trainer: Trainer) -> dict[str, float]:
+        """validation_loss/<source>; all ranks must call it."""
+        if self._validated is None:
+            return {}
+        sums = self._validated.take() * self.loader.plan.counts
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        return self._validated.means(sums.flatten().tolist(), "validation_loss")
+
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        by_source = self._validation_by_source(trainer)
         if trainer.is_global_zero and not trainer.sanity_checking:
             loss, targets = pl_module.validation
-            facts = {"validation_loss": loss, "validation_targets": targets}
+            facts = {"validation_loss": loss, **by_source, "validation_targets": targets}
             if self._window.paused_at is not None:
                 facts["validation_s"] = time.perf_counter() - self._window.paused_at
             record = {"step": self.order.step, **facts}

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dist.batch_layout import lane_by_lane
 from dist.errors import DataRefused
 from dist.run_dir import RunDir
 
@@ -74,19 +75,35 @@ class SkippingOrder:
     """`order` without `skips`; the samples before the first of them are the order's own."""
 
     def __init__(self, order: Any, skips: Skips) -> None:
-        self.num_rows, self._order, self._skips = order.num_rows, order, skips
+        self.num_rows, self._order, self.skips = order.num_rows, order, skips
+        self.stream = order
+        """The order without gaps."""
+        self.lanes: int = getattr(order, "lanes", 1)
 
     def rows(self, t0: int, t1: int) -> tuple[I64, I64]:
         """(epoch, row) of each sample t0 <= t < t1, two (t1 - t0,) arrays."""
-        if not self._skips.ranges or t1 <= t0:
+        if not self.skips.ranges or t1 <= t0:
             return self._order.rows(t0, t1)
-        p = self._skips.to_stream(np.arange(t0, t1, dtype=np.int64))
+        p = self.skips.to_stream(np.arange(t0, t1, dtype=np.int64))
         # A skip tears the samples into stretches of the stream.
         parts = [
             self._order.rows(int(one[0]), int(one[-1]) + 1)
             for one in np.split(p, np.flatnonzero(np.diff(p) > 1) + 1)
         ]
         return np.concatenate([e for e, _ in parts]), np.concatenate([r for _, r in parts])
+
+    def at(self, t: I64) -> tuple[I64, I64]:
+        """(epoch, row) of samples t (k,), in any order."""
+        return self._order.at(self.skips.to_stream(t))
+
+    def layout(self, t0: int, t1: int) -> I64:
+        """See WindowedOrder: lanes are those of the stream, so a gap moves no lane to a rank."""
+        t = np.arange(t0, t1, dtype=np.int64)
+        return lane_by_lane(t, self.skips.to_stream(t), self.lanes)
+
+    def live_shards(self, t: int, lanes: Any = None) -> I64:
+        """As WindowedOrder.live_shards; the global order has none, as all its shards are live."""
+        return self._order.live_shards(int(self.skips.to_stream(np.array([t]))[0]), lanes)
 
 
 def read_skipped(run: RunDir) -> list[list[int]]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dist.dataset import Dataset, open_dataset
 from dist.errors import DataRefused
-from dist.order import derive_key, permute_inverse
+from dist.order import Order
 from dist.run_dir import RunDir
 from dist.skips import Skips, merge_ranges
 
@@ -42,17 +42,19 @@ class Stages:
         """Rows of train that are left out in the end, numbered as in the first dataset."""
         return sorted({row for line in self.lines for row in line["removed"]})
 
-    def skipped(self, ranges: list[list[int]], num_rows: int, seed: int, end: int) -> list[Any]:
+    def skipped(
+        self, ranges: list[list[int]], num_rows: int, seed: int, end: int, order: Any = None
+    ) -> list[Any]:
         """`ranges` and the removed rows' positions in the stream, up to position `end`.
 
-        num_rows: of the first dataset.
+        num_rows: of the first dataset; order: over its rows, where it is not the global one.
         """
+        order = order or Order(num_rows, seed)
         found = list(ranges)
         for line in self.lines:
             rows = np.array(line["removed"], np.int64)
             for epoch in range(line["position"] // num_rows, end // num_rows + 1):
-                key = derive_key(seed, epoch, 0, "row")
-                at = epoch * num_rows + permute_inverse(rows, num_rows, key)
+                at = order.positions(rows, epoch)
                 found += [[p, p + 1] for p in at.tolist() if p >= line["position"]]
         return merge_ranges(found)
 
@@ -63,10 +65,21 @@ class DerivedOrder:
     def __init__(self, order: Any, removed: list[int]) -> None:
         self._order, self._removed = order, np.array(removed, np.int64)
         self.num_rows = order.num_rows - len(removed)
+        self.lanes: int = getattr(order, "lanes", 1)
+
+    def layout(self, t0: int, t1: int) -> I64:
+        """As the first dataset's order lays a batch out."""
+        return self._order.layout(t0, t1)
 
     def rows(self, t0: int, t1: int) -> tuple[I64, I64]:
         """(epoch, row of the derived dataset) of each sample t0 <= t < t1."""
-        epoch, rows = self._order.rows(t0, t1)
+        return self._renumbered(*self._order.rows(t0, t1))
+
+    def at(self, t: I64) -> tuple[I64, I64]:
+        """(epoch, row of the derived dataset) of samples t (k,)."""
+        return self._renumbered(*self._order.at(t))
+
+    def _renumbered(self, epoch: I64, rows: I64) -> tuple[I64, I64]:
         before = np.searchsorted(self._removed, rows)
         met = before < len(self._removed)
         if met.any() and (self._removed[before[met]] == rows[met]).any():

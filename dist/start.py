@@ -13,13 +13,24 @@ from typing import Any, Literal
 from dist.cache import CacheConfig
 from dist.checkpoint import check_same_run, find_checkpoint, read_record
 from dist.config import config_digest, to_yaml
+from dist.dataset import Dataset, MixedDataset
 from dist.drain import clear_request, end_soon, lost_peer
 from dist.errors import ConfigError, DataRefused, SetupError, describe
 from dist.folder_files import files_of
 from dist.open_shards import remote_notes
+from dist.order_choice import OrderName
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
+from dist.run_order import first_order, order_of_start
 from dist.skips import Skips, read_skipped
+from dist.sources import (
+    SourceConfig,
+    StageConfig,
+    listed_sources,
+    open_sources,
+    plan_stages,
+    record_stages,
+)
 from dist.stages import LOOK_AHEAD_STEPS, begin_stage, open_run_dataset, read_stages
 from dist.url_path import Place, UrlPath, place_of
 from dist.verify import FULL_BELOW_BYTES, check_presence, verify_full
@@ -38,6 +49,18 @@ class DataConfig:
     """Of a remote dataset: folder on a disk of the node; empty: $XDG_CACHE_HOME/leyden/shards."""
     cache_gb: float = 0.0
     """Of a remote dataset: 10^9 bytes that the folder may hold; 0: free space but for a margin."""
+    order: OrderName = "auto"
+    """global: any row next to any; windowed: few shards at a time, for object stores and network
+    file systems; auto: by where the data lies. Decided when a run begins."""
+    lanes: int = 0
+    """Spans of rows that a windowed order reads side by side, a power of two up to 64, best a
+    multiple of the nodes; 0: the largest that divides global_batch."""
+    window: int = 0
+    """Shards that rows of a lane are mixed over, half of those live in it; 0: by the lanes."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several datasets with weights, instead of url: [{name: ..., url: ..., weight: ...}, ...]."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """Other weights from a step or a sample on: [{from_step: ..., weights: {NAME: ...}}, ...]."""
 
     def cache(self) -> CacheConfig:
         """Where shards of a remote dataset are kept."""
@@ -67,6 +90,8 @@ class Start:
     """Ranges of the data's stream that rollbacks and removed rows leave out."""
     removed: list[int] = field(default_factory=list)
     """Rows of train that the run's first dataset has and this one lacks."""
+    order: dict[str, Any] = field(default_factory=dict)
+    """Fields of OrderState that were frozen when the run began; {} for the global order."""
 
 
 def start_run(
@@ -80,7 +105,7 @@ def start_run(
     `facts`: what else the run is bound to, such as the digest of its base model.
     Raises ConfigError or DataRefused where the run was started with other settings or data.
     """
-    if not config.data.url:
+    if not config.data.url and not config.data.sources:
         raise ConfigError("data.url is empty; pass --data.url FOLDER (what `leyden prep` wrote)")
     checkpoint_url = str(getattr(config, "checkpoint_url", ""))  # not every recipe has it
     check_place(checkpoint_url)
@@ -89,18 +114,27 @@ def start_run(
     identity = run.read_run()
     if identity is not None:
         _switch(run, identity, str(getattr(config, "switch_data", None) or ""))
-    dataset = open_run_dataset(run, identity, config.data.url)
-    dataset = replace(dataset, cache_config=config.data.cache())
-    dataset.manifest.shards_of("train")
-    check_presence(dataset)
+    dataset = _open_data(run, identity, config)
+    for source in dataset.sources:
+        source.manifest.shards_of("train")
+        check_presence(source)
     # max_epochs = E means E * N samples, so its last step may be short.
     # In rows of the run's first dataset, whose order it keeps.
     stages = read_stages(run)
     num_rows = dataset.split("train").num_rows + len(stages.removed)
+    mode = order_of_start(run, identity, config, dataset)
+    if Ranks.from_environment().world_size > num_rows:
+        raise ConfigError(
+            f"{Ranks.from_environment().world_size} ranks and {num_rows} rows to train on; start "
+            "fewer ranks, or give more data"
+        )
+    order = None
+    if stages.lines:
+        order = first_order(run, dataset, config.seed, mode, len(stages.removed))
     end_t = config.max_epochs * num_rows or None
     most = (end_t or config.max_steps * config.global_batch) + num_rows
     most += LOOK_AHEAD_STEPS * config.global_batch
-    skipped = stages.skipped(read_skipped(run), num_rows, config.seed, 2 * most)
+    skipped = stages.skipped(read_skipped(run), num_rows, config.seed, 2 * most, order)
     if end_t is not None:
         end_t -= Skips(skipped).left_out_before(end_t)
 
@@ -108,7 +142,8 @@ def start_run(
         return t >= end_t if end_t else step >= config.max_steps
 
     if identity is not None:
-        if (stages.digest or identity["data_digest"]) != dataset.data_digest:
+        mixed = isinstance(dataset, MixedDataset)  # whose sources have been held against the run's
+        if not mixed and (stages.digest or identity["data_digest"]) != dataset.data_digest:
             raise DataRefused(
                 f"the run {run.path} trains on {identity['data']}, but {config.data.url} is now "
                 f"version {dataset.data_digest[:12]}; pass --data.url {identity['data']}, or "
@@ -147,6 +182,10 @@ def start_run(
             "tokenizer_digest": dataset.manifest.tokenizer_digest,
             **(facts or {}),
         }
+        if mode.to_dict():
+            identity["order"] = mode.to_dict()
+        if isinstance(dataset, MixedDataset):
+            identity["sources"] = listed_sources(dataset)
         if checkpoint_url:
             identity["checkpoint_url"] = str(place_of(checkpoint_url))
         run.write_run(identity, to_yaml(config))
@@ -154,9 +193,11 @@ def start_run(
     full = config.data.verify == "full"
     auto = config.data.verify == "auto" and not dataset.is_remote  # the cache hashes what it gets
     if full or (auto and total_bytes < FULL_BELOW_BYTES):
-        verify_full(dataset)
-    for note in remote_notes(dataset):
-        print(note, file=sys.stderr)
+        for source in dataset.sources:
+            verify_full(source)
+    for source in dataset.sources:
+        for note in remote_notes(source, mode.mode):
+            print(note, file=sys.stderr)
     checkpoints = run.checkpoints
     checkpoint, passed_over = find_checkpoint(checkpoints)
     for reason in passed_over:
@@ -167,13 +208,44 @@ def start_run(
         # Killed between the last save and its outcome.
         run.write_outcome(attempt, "completed", **record["facts"])
         return Start(data=dataset.reference, outcome=record["facts"])
+    fields = mode.to_dict()
+    if isinstance(dataset, MixedDataset):
+        frozen = record["order"]["stages"] if record is not None else []
+        fields["stages"] = plan_stages(dataset, config, mode, frozen=frozen, t=t, skipped=skipped)
+        record_stages(run, attempt, t, dataset, fields["stages"], mode)
     max_steps = config.max_steps
     if end_t is not None:
         max_steps = step + math.ceil((end_t - t) / config.global_batch)
     return Start(
         data=dataset.reference, attempt=attempt, checkpoints=checkpoints, checkpoint=checkpoint,
         record=record, max_steps=max_steps, end_t=end_t, skipped=skipped, removed=stages.removed,
+        order=fields,
     )  # fmt: skip
+
+
+def _open_data(run: RunDir, identity: dict[str, Any] | None, config: Any) -> Dataset:
+    """data.url or data.sources, as far as it may be what the run trains on."""
+    if not config.data.sources:
+        if identity is not None and "sources" in identity:
+            raise ConfigError(
+                f"the run {run.path} trains on several sources "
+                f"({', '.join(one['name'] for one in identity['sources'])}); pass data.sources"
+            )
+        if config.data.stages:
+            raise ConfigError("data.stages are weights of data.sources, and there are none")
+        dataset = open_run_dataset(run, identity, config.data.url)
+        return replace(dataset, cache_config=config.data.cache())
+    if config.max_epochs:
+        raise ConfigError(
+            f"max_epochs is {config.max_epochs} with data.sources: each source ends its epochs at "
+            "another sample; set max_steps"
+        )
+    if getattr(config, "switch_data", None):
+        raise ConfigError(
+            "switch_data with data.sources: rows cannot be taken out of a mixture; add the derived "
+            "version as a source of its own and give the old one weight 0"
+        )
+    return open_sources(run, identity, config.data)
 
 
 def check_place(checkpoint_url: str) -> None:

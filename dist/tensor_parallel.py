@@ -73,8 +73,9 @@ def split_vocabulary(embedding: nn.Embedding, head: nn.Linear, mesh: DeviceMesh)
 
 
 def vocab_parallel_loss(
-    hidden_ND: Tensor, weight_VD: DTensor, targets_N: Tensor, valid_N: Tensor, chunk: int = 0
-) -> Tensor:
+    hidden_ND: Tensor, weight_VD: DTensor, targets_N: Tensor, valid_N: Tensor, chunk: int = 0,
+    losses_N: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """dist.loss.summed_loss where ranks of a group hold rows of the output matrix.
 
     Every rank has the same hidden states, returns the same sum, and gets the full gradient of the
@@ -86,15 +87,16 @@ def vocab_parallel_loss(
     # torch.chunk's sizes: all ranks before this one hold full pieces.
     first = mesh.get_local_rank() * -(-weight_VD.shape[0] // mesh.size())
     return _VocabParallelLoss.apply(
-        hidden_ND, weight_VD.to_local(), targets_N - first, valid_N, chunk, mesh.get_group()
-    )
+        hidden_ND, weight_VD.to_local(), targets_N - first, valid_N, chunk, mesh.get_group(),
+        losses_N,
+    )  # fmt: skip
 
 
 class _VocabParallelLoss(Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_vD: Tensor, targets_N: Tensor, valid_N: Tensor,
-        chunk: int, group: torch.distributed.ProcessGroup,
+        chunk: int, group: torch.distributed.ProcessGroup, losses_N: Tensor | None,
     ) -> Tensor:  # fmt: skip
         wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -116,7 +118,10 @@ class _VocabParallelLoss(Function):
             every = parts.new_empty(group.size(), *parts.shape)  # (ranks, C, 2)
             torch.distributed.all_gather(list(every.unbind()), parts, group=group)
             logsum_C1 = every[:, :, 0].logsumexp(0).unsqueeze(1)
-            total += ((logsum_C1 - every[:, :, 1].sum(0).unsqueeze(1)) * keep_C1).sum()
+            loss_C1 = (logsum_C1 - every[:, :, 1].sum(0).unsqueeze(1)) * keep_C1
+            total += loss_C1.sum()
+            if losses_N is not None:
+                losses_N[here] = loss_C1.squeeze(1)
             if not (wants_hidden or wants_weight):
                 continue
             # d loss / d logits = softmax - one_hot, in place of the logits.
@@ -140,4 +145,4 @@ class _VocabParallelLoss(Function):
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None

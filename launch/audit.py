@@ -112,14 +112,14 @@ def who_saw_text(answer: Answer) -> str:
     lines.append(f"rows       {len(answer.rows):,}{_splits(answer)}")
     for ref in answer.rows[:SHOWN_LINES]:
         if ref.split != "train":
-            lines.append(f"  {ref.split}:{ref.row}  is of the split {ref.split}: never trained on")
+            lines.append(f"  {ref.name}  is of the split {ref.split}: never trained on")
     for one in answer.sightings[:SHOWN_LINES]:
         ref = shards[one.split, one.row]
         state = f"consumed by attempt {one.attempt}" if one.consumed else "not yet"
         if not one.consumed and not one.planned:
             state = "after the planned end"
         lines.append(
-            f"  train:{one.row:<8} epoch {one.epoch}  step {one.step:<7} rank {one.rank} of "
+            f"  {ref.name:<14} epoch {one.epoch}  step {one.step:<7} rank {one.rank} of "
             f"{one.world_size}  micro-batch {one.micro} row {one.index}  {state}  "
             f"({ref.shard[:8]}:{ref.row_in_shard})"
         )
@@ -147,11 +147,15 @@ def replay_text(found: Replay, *, full: bool) -> str:
     ]
     for row in found.rows:
         lines.append(
-            f"rank {row.rank} micro-batch {row.micro} row {row.index}: train:{row.row} "
+            f"rank {row.rank} micro-batch {row.micro} row {row.index}: {_row_name(row)} "
             f"({row.shard[:8]}:{row.row_in_shard}), epoch {row.epoch}, sample {row.t}"
         )
         lines += _pieces(row, full=full)
     return "\n".join(lines) + "\n"
+
+
+def _row_name(row: ReplayedRow) -> str:
+    return f"{row.source}/train:{row.source_row}" if row.source else f"train:{row.row}"
 
 
 def printable(text: str) -> str:

@@ -176,6 +176,12 @@ def open_data(trained: Trained, url: str) -> Dataset:
     except ConfigError as error:
         hint = "" if url else " (or, if it was moved, --data.url FOLDER)"
         raise ConfigError(f"{error}{hint}") from None
+    if len(dataset.sources) > 1:
+        have = ", ".join(one.storage.url for one in dataset.sources)
+        raise ConfigError(
+            f"{trained.place.path} was trained on several sources; pass one of them as --data.url: "
+            f"{have}"
+        )
     if dataset.manifest.tokenizer_digest != trained.tokenizer_digest:
         raise DataRefused(
             f"{dataset.reference} was made with the tokenizer {dataset.manifest.tokenizer_digest}, "

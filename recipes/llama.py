@@ -116,6 +116,9 @@ class PackedLlama(nn.Module):
             _drop_residual(block, config.residual_dropout)
         self.autocast_dtype: torch.dtype | None = None
         self.compiled = False
+        self.keeps_token_losses = False
+        self.token_losses: Tensor | None = None
+        """(n * seq,) loss of each target of the last batch, where they are kept."""
 
     def forward(self, batch: Any) -> Tensor:
         """Sum of -log p(target) over the valid targets of a batch (dist.loader.Batch), nats."""
@@ -133,12 +136,15 @@ class PackedLlama(nn.Module):
                 use_cache=False,
                 packed=packed,
             ).last_hidden_state
+            if self.keeps_token_losses:
+                self.token_losses = hidden.new_zeros(hidden.shape[:2].numel(), dtype=torch.float32)
             split = isinstance(self.model.lm_head.weight, DTensor)  # by split_layers
             return (vocab_parallel_loss if split else summed_loss)(
                 hidden.flatten(0, 1),
                 self.model.lm_head.weight,
                 tokens[:, 1:].flatten(),
                 batch.valid.flatten(),
+                losses_N=self.token_losses,
             )
 
 

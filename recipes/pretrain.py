@@ -64,9 +64,11 @@ from recipes import llama
 # What a run may change when it goes on; anything else would make it another run. A dataset may
 # move: its digest decides.
 MAY_CHANGE = (
-    "data.url", "data.verify", "data.cache_dir", "data.cache_gb",
-    "switch_data", "parallel", "activation_checkpointing",
-    "micro_batch", "compile", "max_steps", "max_epochs", "val_every_steps", "val_rows",
+    # The order is frozen in its own way: `auto` may mean what the run has.
+    "data.url", "data.verify", "data.cache_dir", "data.cache_gb", "data.order", "data.lanes",
+    "data.window", "data.sources", "data.stages",
+    "switch_data", "parallel", "activation_checkpointing", "micro_batch", "compile",
+    "max_steps", "max_epochs", "val_every_steps", "val_rows",
     "save_every_steps", "log_every_steps", "guard", "meter", "watchdog", "log", "profile", "keep",
     "keep_best", "async_save", "max_failed_saves", "run", "run_root",
 )  # fmt: skip
@@ -177,6 +179,7 @@ class Pretrain(LightningModule):
         if sharded:
             shard_fsdp(net, llama.blocks(net), data_axes(self.device_mesh), self.precision)
         llama.set_precision(net, self.precision, by_policy=sharded)
+        net.keeps_token_losses = bool(self.config.data.sources)  # for the losses by source
         device = self.trainer.strategy.root_device
         fill = llama.first_weights(net, self.config.model)
         materialise(net, device, self.config.seed, self.config.model.init_std, fill)
@@ -279,7 +282,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         if start.record is not None:
             state = OrderState.from_dict(start.record["order"])
         auto = AutoMicroBatch(run, config, schema, ranks, device)
-        state = replace(state, skipped=start.skipped)
+        state = replace(state, skipped=start.skipped, **start.order)
         plan = LoaderPlan(
             batch=config.global_batch,
             micro_batch=auto.rows or 1,  # 1 until the trial has found it
@@ -293,8 +296,9 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         )
         requests = stop_requests(stop, run.path, is_first=ranks.is_first)
         loader = training_loader(
-            dataset, config.seed, plan, run.path, stack, requests, start.skipped, start.removed
-        )
+            dataset, config.seed, plan, run.path, stack, requests, start.skipped, start.removed,
+            state,
+        )  # fmt: skip
         validation = validation_loader(dataset, plan, config.val_rows, run.path, stack)
         # Model and trainer.
         numeric = decide_numerics(config, device)

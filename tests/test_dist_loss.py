@@ -125,3 +125,17 @@ def test_1x8_equals_2x4_equals_8x1(dataset: Dataset) -> None:
             for name, grad in grads.items():
                 error = (grad - whole[name]).norm() / whole[name].norm()
                 assert error < 1e-6, (ranks, micro_batch, name)
+
+
+def test_terms_of_the_sum_are_handed_out() -> None:
+    """A chunk's terms in another chunk's place, or a target that is not valid: losses by source
+    would be of other rows."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 8, requires_grad=True), torch.randn(20, 8)
+    targets, valid = torch.randint(0, 20, (50,)), torch.rand(50) < 0.7
+    losses = torch.full((50,), 7.0)
+    total = summed_loss(hidden, weight, targets, valid, 16, losses)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    torch.testing.assert_close(losses, (expected * valid).detach())
+    torch.testing.assert_close(losses.sum(), total.detach())
+    assert not losses.requires_grad

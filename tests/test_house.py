@@ -48,6 +48,7 @@ FLOORS: dict[int, set[str]] = {
         *{"cache", "cache_folder", "http_files", "open_shards", "transfer"},
         *{"node_probes"},
         *{"shard_file", "skips", "stages", "storage", "svg_chart", "tokenizer", "verify"},
+        *{"batch_layout", "order_choice", "run_order", "sources", "windowed"},
     },
     2: {
         *{"activation", "attention", "batch", "checkpoint", "checkpoint_files", "drain"},
@@ -60,6 +61,7 @@ FLOORS: dict[int, set[str]] = {
         *{"compile", "gradient_scaler", "lora", "micro_batch", "stochastic_adamw"},
         *{"communication", "compile", "gradient_scaler", "micro_batch", "stochastic_adamw"},
         *{"fabric_check", "fabric_probes"},
+        *{"source_loss", "step_time"},
         *{"compile", "gradient_scaler", "micro_batch", "stochastic_adamw"},
     },
     3: {

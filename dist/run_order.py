@@ -1,0 +1,81 @@
+"""The order that a run began with, for everyone who asks for a row of it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist.dataset import Dataset, open_dataset
+from dist.mixture import MixedOrder, Mixture
+from dist.order_choice import check_mode, choose_mode, spread_text
+from dist.run_dir import RunDir
+from dist.windowed import OrderMode, make_order
+
+
+def order_of_start(
+    run: RunDir, identity: dict[str, Any] | None, config: Any, dataset: Dataset
+) -> OrderMode:
+    """The order of a run that begins (identity None), or goes on. On rank 0 alone.
+
+    Raises ConfigError where another one is asked for than the run began with.
+    """
+    data = config.data
+    if identity is not None:
+        mode = OrderMode.of(identity.get("order", {}))
+        check_mode(data.order, data.lanes, data.window, mode, f"the run {run.path}")
+        why = "as the run began"
+    else:
+        tables = [one.split("train").row_start for one in dataset.sources]
+        mode, why = choose_mode(
+            data.order, data.lanes, data.window, tables=tables,
+            storages=[one.storage for one in dataset.sources], global_batch=config.global_batch,
+        )  # fmt: skip
+        for table in tables:
+            if warning := spread_text(mode, table):
+                print(f"warning: {warning}", file=sys.stderr)
+    print(f"order: {mode} ({why})", file=sys.stderr)
+    return mode
+
+
+def first_order(run: RunDir, dataset: Dataset, seed: int, state: Any, num_removed: int) -> Any:
+    """The order over the rows of the run's first dataset.
+
+    dataset: what the run trains on now, derived from the first one without `num_removed` rows;
+    state: an OrderState or OrderMode, None for the global order.
+    """
+    mode = OrderMode() if state is None else OrderMode.of(state)
+    if stages := list(getattr(state, "stages", ())):
+        return mixed_order(dataset, seed, mode, stages)
+    return make_order(_first_rows(run, dataset, mode, num_removed), seed, mode)
+
+
+def mixed_order(
+    dataset: Dataset, seed: int, mode: OrderMode, stages: list[dict[str, Any]]
+) -> MixedOrder:
+    """The order of a mixture; sources that the stages do not know are of later ones."""
+    mixture, orders = Mixture(stages), []
+    for number, source in enumerate(dataset.sources[: mixture.num_sources]):
+        own = mode
+        if mode.mode != "global":
+            own = replace(mode, block_rows=stages[-1]["blocks"][number])
+        orders.append(make_order(source.split("train").row_start, seed, own, number))
+    return MixedOrder(mixture, orders, max(mode.lanes, 1))
+
+
+def _first_rows(
+    run: RunDir, dataset: Dataset, mode: OrderMode, num_removed: int
+) -> NDArray[np.int64]:
+    """row_start of the first dataset; for the global order only its last entry is right."""
+    table = dataset.split("train").row_start
+    if not num_removed:
+        return table
+    if mode.mode == "global":
+        return np.array([0, table[-1] + num_removed])
+    identity = run.read_run()
+    assert identity is not None, "rows are removed from a run that there is"
+    first = open_dataset(f"{dataset.storage.url}@{identity['data_digest']}")
+    return first.split("train").row_start
