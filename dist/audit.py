@@ -13,11 +13,11 @@ import numpy as np
 
 from dist.dataset import Dataset, open_dataset
 from dist.errors import ConfigError, DataRefused
+from dist.examples import rows_as_trained
 from dist.lineage import RowRef, input_paths, refs_of, rows_of_key
 from dist.order import Order, derive_key, permute_inverse
 from dist.run_dir import RunDir
 from dist.run_history import I64, History, read_config, read_history
-from dist.shard_file import PackedShard
 from dist.skips import SkippingOrder, Skips
 from dist.tokenizer import TextTokenizer
 
@@ -208,7 +208,8 @@ def open_run_data(run: RunDir, data: str = "") -> Dataset:
     places = [data] if data else [identity["data"].partition("@")[0], *([moved] if moved else [])]
     for number, url in enumerate(places):
         try:
-            return open_dataset(f"{url.partition('@')[0]}@{digest}")
+            dataset = open_dataset(f"{url.partition('@')[0]}@{digest}")
+            return rows_as_trained(dataset, identity.get("config") or {})
         except (ConfigError, DataRefused) as error:
             if number == len(places) - 1:
                 raise DataRefused(
@@ -224,13 +225,15 @@ def read_pieces(dataset: Dataset, refs: list[RowRef], *, text: bool) -> list[lis
     tokenizer = None
     if text and dataset.manifest.tokenizer_digest is not None:
         tokenizer = TextTokenizer(dataset.read_tokenizer())
-    by_name = {shard.name: shard for shard in dataset.manifest.shards}
     pieces: list[list[Piece]] = [[] for _ in refs]
     # Shard by shard: one map is open at a time, however many the batch touches.
     by_shard = sorted(range(len(refs)), key=lambda i: refs[i].shard)
     for name, numbers in groupby(by_shard, key=lambda i: refs[i].shard):
-        shard = PackedShard(dataset.shard_path(by_name[name]))
-        for number in numbers:
+        here = list(numbers)
+        split = dataset.split(refs[here[0]].split)
+        at = next(i for i, shard in enumerate(split.shards) if shard.name == name)
+        shard = split.open_shard(at, dataset.shard_path(split.shards[at]))
+        for number in here:
             row, start = refs[number].row_in_shard, 0
             tokens = shard.tokens(row, row + 1)[0]
             for source, offset, length in shard.lineage(row):

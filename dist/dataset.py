@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dist.errors import ConfigError, DataRefused, SetupError
 from dist.manifest import Manifest, Shard, parse_reference
+from dist.shard_file import PackedShard
 from dist.storage import Storage
 
 
@@ -35,6 +36,14 @@ class SplitTable:
         shard = np.searchsorted(self.row_start, rows, side="right") - 1
         return shard, rows - self.row_start[shard]
 
+    def open_shard(self, number: int, path: Path) -> Any:
+        """Shard `number`, which lies at `path`, as rows."""
+        return PackedShard(path)
+
+    def rows_of_records(self, number: int, records: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Rows of the split that hold the given records of shard `number`, ascending."""
+        return self.row_start[number] + np.unique(records)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
@@ -48,6 +57,11 @@ class Dataset:
     def reference(self) -> str:
         """`URL@digest`, which names this version for ever."""
         return f"{self.storage.url}@{self.data_digest}"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What a model and a loader need of the rows (of examples: dist/examples.py)."""
+        return self.manifest.schema
 
     def split(self, name: str) -> SplitTable:
         """The rows of one split."""

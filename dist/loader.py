@@ -27,13 +27,12 @@ import torch
 import torch.distributed
 from numpy.typing import NDArray
 
-from dist.batch import Batch, make_batches
+from dist.batch import Batch, make_batches, mark_trained
 from dist.dataset import Dataset, SplitTable
 from dist.drain import end_soon, lost_peer
 from dist.errors import describe
 from dist.mesh import PeerFailed, host_group
 from dist.order import Order, SequentialOrder, num_micro_batches, rank_span
-from dist.shard_file import PackedShard
 from dist.skips import SkippingOrder, Skips
 from dist.stages import DerivedOrder
 from dist.verify import ShardVerifier
@@ -111,8 +110,9 @@ class TokenLoader:
         """Seconds that the consumer waited for data, in all."""
         self.goes_on = False
         """Whether a further `iter()` goes on where the last one stopped, not at the start."""
-        self._seq_len = int(dataset.manifest.schema["seq_len"])
-        self._dtype = np.dtype(dataset.manifest.schema["token_dtype"])
+        self._seq_len = int(dataset.schema["seq_len"])
+        self._dtype = np.dtype(dataset.schema["token_dtype"])
+        self._has_masks = dataset.manifest.kind == "examples"
         self._shards = _OpenShards(dataset, split, verifier)
         self._agree, self._pin, self._stop_requested = agree, pin, stop_requested
         self._channel: _Channel | None = None
@@ -245,6 +245,9 @@ class TokenLoader:
         keys[: len(rows)] = rows
         doc_lens = np.concatenate(lens) if lens else np.empty(0, np.int32)
         batches = make_batches(tokens, keys, doc_lens, row_splits, size)
+        if self._has_masks:
+            at = zip(shard_of.tolist(), row_in_shard.tolist(), strict=True)
+            mark_trained(batches, [open_shard(number).trained_runs(row) for number, row in at])
         for batch in batches:
             batch.step, batch.t0, batch.t1 = step, t0, t1
         return batches
@@ -280,16 +283,17 @@ class _OpenShards:
 
     def __init__(self, dataset: Dataset, split: SplitTable, verifier: ShardVerifier | None) -> None:
         self._dataset, self._split, self._verifier = dataset, split, verifier
-        self._open: OrderedDict[int, PackedShard] = OrderedDict()
+        self._open: OrderedDict[int, Any] = OrderedDict()
 
-    def get(self, number: int) -> PackedShard:
+    def get(self, number: int) -> Any:
         shard = self._open.get(number)
         if shard is not None:
             self._open.move_to_end(number)
             return shard
         if self._verifier is not None:
             self._verifier.require(number)
-        shard = PackedShard(self._dataset.shard_path(self._split.shards[number]))
+        path = self._dataset.shard_path(self._split.shards[number])
+        shard = self._split.open_shard(number, path)
         self._open[number] = shard
         if len(self._open) > MAX_OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()

@@ -14,6 +14,7 @@ from dist.checkpoint import check_same_run, find_checkpoint, read_record
 from dist.config import config_digest, to_yaml
 from dist.drain import clear_request, end_soon, lost_peer
 from dist.errors import ConfigError, DataRefused, SetupError, describe
+from dist.examples import ExampleDataset, Packing, as_rows
 from dist.folder_files import files_of
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
@@ -31,6 +32,10 @@ class DataConfig:
     """Dataset folder: URL (its newest version) or URL@hexprefix (that version)."""
     verify: Literal["auto", "full", "ahead"] = "auto"
     """full: hash all shards first; ahead: each before its first use; auto: full below 10 GiB."""
+    packing: Packing = "packed"
+    """Of a dataset of examples. packed: as many as fit share a row; padded: one a row."""
+    seq_len: int = 0
+    """Of a dataset of examples: input tokens of a row; 0: its max_length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,7 @@ def start_run(
     if identity is not None:
         _switch(run, identity, str(getattr(config, "switch_data", None) or ""))
     dataset = open_run_dataset(run, identity, config.data.url)
+    dataset = as_rows(dataset, config.data.packing, config.data.seq_len)
     dataset.manifest.shards_of("train")
     check_presence(dataset)
     # max_epochs = E means E * N samples, so its last step may be short.
@@ -121,7 +127,7 @@ def start_run(
             "config": asdict(config),
             "config_digest": config_digest(config),
             # What a model needs that is used without its dataset.
-            "schema": dataset.manifest.schema,
+            "schema": dataset.schema,
             "tokenizer_digest": dataset.manifest.tokenizer_digest,
         }
         if checkpoint_url:
@@ -131,6 +137,9 @@ def start_run(
     full = config.data.verify == "full"
     if full or (config.data.verify == "auto" and total_bytes < FULL_BELOW_BYTES):
         verify_full(dataset)
+    if isinstance(dataset, ExampleDataset):
+        for name in dataset.manifest.splits():
+            print(dataset.describe(name), file=sys.stderr)
     checkpoints = run.checkpoints
     checkpoint, passed_over = find_checkpoint(checkpoints)
     for reason in passed_over:

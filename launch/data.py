@@ -58,19 +58,26 @@ def facts_of(dataset: Dataset) -> dict[str, Any]:
 
 def sample_rows(dataset: Dataset, split: str, num_rows: int) -> list[dict[str, Any]]:
     """The first rows of a split: their pieces' lengths, lineage and decoded text."""
-    from dist.shard_file import PackedShard
+    from dist.examples import as_rows
     from dist.tokenizer import TextTokenizer
 
     if dataset.manifest.tokenizer_digest is None or not dataset.manifest.shards_of(split):
         return []
     tokenizer = TextTokenizer(dataset.read_tokenizer())
-    shard = PackedShard(dataset.shard_path(dataset.manifest.shards_of(split)[0]))
+    if dataset.manifest.kind == "examples":
+        dataset = as_rows(dataset, "padded")  # one example a row
+    table = dataset.split(split)
+    shard = table.open_shard(0, dataset.shard_path(table.shards[0]))
     rows = []
     for row in range(min(num_rows, shard.num_rows)):
         pieces = shard.lineage(row)
         used = sum(length for _, _, length in pieces)
         tokens = shard.tokens(row, row + 1)[0, :used]
         rows.append({"pieces": pieces, "text": tokenizer.decode(tokens)})
+        if dataset.manifest.kind == "examples":
+            ends = shard.trained_runs(row).cumsum().tolist()
+            spans = [span for span in zip(ends[::2], ends[1::2], strict=True) if span[0] < span[1]]
+            rows[-1]["trained"] = [tokenizer.decode(tokens[a:b]) for a, b in spans]
     shard.close()
     return rows
 
@@ -122,6 +129,7 @@ def inspect_text(facts: dict[str, Any], samples: dict[str, list[dict[str, Any]]]
             text = row["text"][:SAMPLE_CHARACTERS]
             # repr() of each line: what stands in the data must not steer the terminal.
             lines += ["  | " + repr(line)[1:-1] for line in text.splitlines()[:12]]
+            lines += [f"  trained: {one[:SAMPLE_CHARACTERS]!r}" for one in row.get("trained", [])]
     return "\n".join(lines) + "\n"
 
 

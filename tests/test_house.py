@@ -27,6 +27,9 @@ FLOORS: dict[int, set[str]] = {
         *{"audit", "baselines", "commit", "config", "dataset", "lineage", "mixture", "order"},
         *{
             "bundle",
+            "example_file",
+            "examples",
+            "pack_index",
             "checkpoint_folder",
             "folder_files",
             "packing",
