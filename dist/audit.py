@@ -15,13 +15,13 @@ import numpy as np
 from dist.batch_layout import batch_samples
 from dist.dataset import Dataset, open_dataset
 from dist.errors import ConfigError, DataRefused
+from dist.examples import rows_as_trained
 from dist.lineage import RowRef, input_paths, refs_of, rows_of_key
 from dist.mixture import MixedOrder
 from dist.order import Order
 from dist.run_dir import RunDir
 from dist.run_history import I64, History, Segment, read_config, read_history
 from dist.run_order import mixed_order
-from dist.shard_file import PackedShard
 from dist.skips import SkippingOrder, Skips
 from dist.sources import open_run_sources
 from dist.stages import Stages, first_numbers, read_stages
@@ -283,13 +283,15 @@ def open_run_data(run: RunDir, data: str = "") -> Dataset:
     if identity is None:
         raise ConfigError(f"{run.path} has no run.json: it is not a run, or it never started")
     if "sources" in identity:
-        return open_run_sources(run, identity, data)
+        mixed = open_run_sources(run, identity, data)
+        return rows_as_trained(mixed, identity.get("config") or {})
     digest = identity["data_digest"]
     moved = str((read_config(run).get("data") or {}).get("url") or "").partition("@")[0]
     places = [data] if data else [identity["data"].partition("@")[0], *([moved] if moved else [])]
     for number, url in enumerate(places):
         try:
-            return open_dataset(f"{url.partition('@')[0]}@{digest}")
+            dataset = open_dataset(f"{url.partition('@')[0]}@{digest}")
+            return rows_as_trained(dataset, identity.get("config") or {})
         except (ConfigError, DataRefused) as error:
             if number == len(places) - 1:
                 raise DataRefused(
@@ -306,16 +308,17 @@ def read_pieces(dataset: Dataset, refs: list[RowRef], *, text: bool) -> list[lis
     tokenizer = None
     if text and dataset.manifest.tokenizer_digest is not None:
         tokenizer = TextTokenizer(dataset.read_tokenizer())
-    by_name = {shard.name: shard for shard in dataset.manifest.shards}
     pieces: list[list[Piece]] = [[] for _ in refs]
     # Shard by shard: one map is open at a time, however many the batch touches.
     by_shard = sorted(range(len(refs)), key=lambda i: (refs[i].shard, refs[i].source))
     for (name, mixed_in), numbers in groupby(
         by_shard, key=lambda i: (refs[i].shard, refs[i].source)
     ):
-        own = paths[mixed_in]
-        shard = PackedShard(dataset.shard_path(by_name[name]))
-        for number in numbers:
+        here, own = list(numbers), paths[mixed_in]
+        split = dataset.sources[names.index(mixed_in)].split(refs[here[0]].split)
+        at = next(i for i, shard in enumerate(split.shards) if shard.name == name)
+        shard = split.open_shard(at, dataset.shard_path(split.shards[at]))
+        for number in here:
             row, start = refs[number].row_in_shard, 0
             tokens = shard.tokens(row, row + 1)[0]
             for source, offset, length in shard.lineage(row):

@@ -45,6 +45,9 @@ class Batch:
     """Micro-batches of the step."""
     step_targets: int = 0
     """Valid targets of the whole step on all ranks."""
+    trained: Tensor | None = None
+    """(runs, 2) int32 of the flattened rows, for examples: how many tokens are left out, then
+    trained as targets; None where every target within a document is trained."""
     stop: bool = False
     """All ranks agreed to stop after this step."""
 
@@ -77,6 +80,10 @@ class Batch:
         position = torch.arange(num_rows * width, device=lens.device) - (ends - lens)[number]
         valid = self.pieces[1].bool()[number]
         valid[ends - 1] = False  # a piece's last token has no target in the piece
+        if self.trained is not None:
+            run = torch.repeat_interleave(self.trained.view(-1), output_size=num_rows * width)
+            # Token p is the target of input p - 1. The last one's next is a row's first: no target.
+            valid &= (run % 2 == 1).roll(-1)
         per_token = (number, position, valid)
         first, second, third = (one.view(num_rows, width)[:, :-1].contiguous() for one in per_token)
         return first, second, third
@@ -93,12 +100,13 @@ class Batch:
         return dataclasses.replace(self, **pinned)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {
+        found = {
             "tokens": self.tokens,
             "pieces": self.pieces,
             "cu_seqlens": self.cu_seqlens,
             "rows": self.rows,
         }
+        return found if self.trained is None else found | {"trained": self.trained}
 
 
 def make_batches(
@@ -149,3 +157,19 @@ def make_batches(
             )
         )
     return batches
+
+
+def mark_trained(batches: list[Batch], runs: list[NDArray[np.int32]]) -> None:
+    """Say which targets of micro-batches of examples are trained (in place).
+
+    runs: of each row but padding, (k, 2) tokens left out and trained, which sum to the row.
+    """
+    first = 0
+    for batch in batches:
+        num_rows, width = batch.tokens.shape
+        here = runs[first : first + num_rows]
+        missing = [[width, 0]] * (num_rows - len(here))
+        made = np.concatenate([*here, np.array(missing, np.int32).reshape(-1, 2)])
+        batch.trained = torch.from_numpy(made)
+        batch.num_targets = int(made[:, 1].sum())
+        first += num_rows

@@ -21,6 +21,7 @@ from dist.audit import TRAIN, Replay, ReplayedRow, read_pieces
 from dist.batch_layout import batch_rows, batch_samples
 from dist.dataset import MIXED, Dataset, SplitTable, open_dataset
 from dist.errors import ConfigError, DataRefused
+from dist.examples import rows_as_trained
 from dist.lineage import RowRef, refs_of
 from dist.local_files import write_atomic
 from dist.order import rank_span
@@ -109,6 +110,15 @@ def rows_of_bundle(record: dict[str, Any]) -> list[RowRef]:
     ]
 
 
+def _config_of(path: Path) -> dict[str, Any]:
+    """The resolved config that lies in a bundle; {} where it was taken away."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        return dict(json.loads((folder / "config.json").read_bytes()))
+    except (OSError, ValueError):
+        return {}
+
+
 def replay_bundle(path: Path | str, *, data: str = "", rank: int | None = None) -> Replay:
     """The batch of a bundle, or one rank's part of it, with its text read from the shards.
 
@@ -118,7 +128,7 @@ def replay_bundle(path: Path | str, *, data: str = "", rank: int | None = None) 
     reference = record["data"]
     if data and not reference.startswith(MIXED):
         reference = f"{data.partition('@')[0]}@{reference.rpartition('@')[2]}"
-    dataset = open_dataset(reference)
+    dataset = rows_as_trained(open_dataset(reference), _config_of(Path(path)))
     split = dataset.split(TRAIN)
     listed = [row for row in record["rows"] if rank is None or row["rank"] == rank]
     if not listed:

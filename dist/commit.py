@@ -7,6 +7,7 @@ attempt that lost is referred to by nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,16 @@ def publish_tokenizer(storage: Storage, tokenizer_json: bytes) -> str:
     name = f"tokenizers/{digest}.json"
     if storage.size(name) != len(tokenizer_json) or not storage.renew(name):
         storage.write_atomic(name, tokenizer_json)
+    return digest
+
+
+def publish_template(storage: Storage, template: str) -> str:
+    """Keep the chat template beside the data; returns its digest, SHA-256 of its UTF-8."""
+    data = template.encode()
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"templates/{digest}.jinja"
+    if storage.size(name) != len(data):
+        storage.write_atomic(name, data)
     return digest
 
 

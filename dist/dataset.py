@@ -20,6 +20,7 @@ from dist.cache import CacheConfig, Lease, NodeCache, node_cache
 from dist.data_pin import is_pin, read_pin
 from dist.errors import ConfigError, DataRefused
 from dist.manifest import Manifest, Shard, parse_reference
+from dist.shard_file import PackedShard
 from dist.storage import Storage
 from dist.transfer import retried
 
@@ -47,6 +48,14 @@ class SplitTable:
         rows = np.asarray(rows, np.int64)
         shard = np.searchsorted(self.row_start, rows, side="right") - 1
         return shard, rows - self.row_start[shard]
+
+    def open_shard(self, number: int, path: Path) -> Any:
+        """Shard `number`, which lies at `path`, as rows."""
+        return PackedShard(path)
+
+    def rows_of_records(self, number: int, records: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Rows of the split that hold the given records of shard `number`, ascending."""
+        return self.row_start[number] + np.unique(records)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,11 @@ class Dataset:
     def sources(self) -> tuple[Dataset, ...]:
         """What it is mixed of; itself alone for most."""
         return (self,)
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What a model and a loader need of the rows (of examples: dist/examples.py)."""
+        return self.manifest.schema
 
     def split(self, name: str) -> SplitTable:
         """The rows of one split."""
@@ -140,6 +154,21 @@ class Dataset:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixedSplit(SplitTable):
+    """The splits of several datasets, end to end."""
+
+    tables: tuple[SplitTable, ...]
+
+    def open_shard(self, number: int, path: Path) -> Any:
+        """Shard `number` of all, which lies at `path`, by the source that holds it."""
+        for table in self.tables:
+            if number < len(table.shards):
+                return table.open_shard(number, path)
+            number -= len(table.shards)
+        raise IndexError(f"split {self.name} has {len(self.shards)} shards")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixedDataset(Dataset):
     """Several datasets with one tokenizer and one length of rows, laid end to end.
 
@@ -159,13 +188,18 @@ class MixedDataset(Dataset):
     def sources(self) -> tuple[Dataset, ...]:
         return self.parts
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        return self.parts[0].schema
+
     def split(self, name: str) -> SplitTable:
         tables = [part.split(name) for part in self.parts if name in part.manifest.splits()]
         rows = [np.diff(table.row_start) for table in tables]
-        return SplitTable(
+        return MixedSplit(
             name=name,
             shards=tuple(shard for table in tables for shard in table.shards),
             row_start=np.concatenate([np.zeros(1, np.int64), *rows]).cumsum(),
+            tables=tuple(tables),
         )
 
     def shard_path(self, shard: Shard) -> Path:
@@ -188,7 +222,10 @@ class MixedDataset(Dataset):
 
 def first_rows(dataset: Dataset, split: str) -> NDArray[np.int64]:
     """Where the rows of each source begin in a split, (sources + 1,); [0, N] for one dataset."""
-    rows = [sum(s.rows for s in one.manifest.shards if s.split == split) for one in dataset.sources]
+    rows = [
+        one.split(split).num_rows if split in one.manifest.splits() else 0
+        for one in dataset.sources
+    ]
     return np.cumsum([0, *rows], dtype=np.int64)
 
 
@@ -200,7 +237,7 @@ def mix(names: Sequence[str], parts: Sequence[Dataset]) -> MixedDataset:
         pairs: dict[str, tuple[Any, Any]] = {"kind": (first.kind, theirs.kind)}
         pairs["tokenizer"] = (first.tokenizer_digest, theirs.tokenizer_digest)
         for key in ("seq_len", "token_dtype", "vocab_size", "bos_id", "eos_id"):
-            pairs[key] = (first.schema.get(key), theirs.schema.get(key))
+            pairs[key] = (parts[0].schema.get(key), part.schema.get(key))
         for what, (one, other) in pairs.items():
             if one != other:
                 raise ConfigError(

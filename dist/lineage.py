@@ -128,7 +128,7 @@ def rows_of_source(
                 starts.append(offsets)
                 if offset is not None:
                     rows = rows[offsets == offset]
-                found += refs_of(split, split.row_start[index] + np.unique(rows))
+                found += refs_of(split, split.rows_of_records(index, rows))
                 bar.update(shard.bytes / 1e6, f"{len(found):,} rows found")
     if not found and offset is not None:
         have = np.unique(np.concatenate(starts))
@@ -141,9 +141,10 @@ def rows_of_source(
 
 
 def lineage_hits(path: Path, number: int) -> tuple[I64, I64]:
-    """(row, document offset) of each piece of input `number` in a shard, two (k,) arrays.
+    """(record, document offset) of each piece of input `number` in a shard, two (k,) arrays.
 
-    Only the lineage columns are read from the map.
+    A record is a row of the file: of examples one example. Only the lineage columns are read from
+    the map.
     """
     rows: list[I64] = []
     offsets: list[I64] = []
@@ -153,11 +154,15 @@ def lineage_hits(path: Path, number: int) -> tuple[I64, I64]:
         for i in range(reader.num_record_batches):
             batch = reader.get_batch(i)
             inputs, places = batch.column("doc_input"), batch.column("doc_offset")
-            hits = np.flatnonzero(inputs.values.to_numpy() == number)
-            # Rows without pieces share their border with the next row: the last one owns it.
-            row = np.searchsorted(inputs.offsets.to_numpy(), hits, side="right") - 1
+            if pa.types.is_list(inputs.type):
+                hits = np.flatnonzero(inputs.values.to_numpy() == number)
+                # Rows without pieces share their border with the next row: the last one owns it.
+                row = np.searchsorted(inputs.offsets.to_numpy(), hits, side="right") - 1
+                places = places.values
+            else:  # examples: one origin a row
+                row = hits = np.flatnonzero(inputs.to_numpy() == number)
             rows.append(start + row)
-            offsets.append(places.values.to_numpy()[hits].astype(np.int64))
+            offsets.append(places.to_numpy()[hits].astype(np.int64))
             start += batch.num_rows
             del batch, inputs, places
     empty = np.empty(0, np.int64)
@@ -185,8 +190,7 @@ def _row_of_shard(dataset: Dataset, prefix: str, row: int) -> RowRef:
     if row >= shard.rows:
         raise ConfigError(f"row {row}: the shard {shard.name} has rows 0 to {shard.rows - 1}")
     split = dataset.split(shard.split)
-    number = int(split.row_start[split.shards.index(shard)]) + row
-    return RowRef(split=shard.split, row=number, shard=shard.name, row_in_shard=row)
+    return refs_of(split, split.rows_of_records(split.shards.index(shard), np.array([row])))[0]
 
 
 def refs_of(split: SplitTable, rows: I64, dataset: Dataset | None = None) -> list[RowRef]:

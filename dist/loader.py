@@ -27,7 +27,7 @@ import torch
 import torch.distributed
 from numpy.typing import NDArray
 
-from dist.batch import Batch, make_batches
+from dist.batch import Batch, make_batches, mark_trained
 from dist.batch_layout import batch_rows
 from dist.dataset import Dataset, SplitTable, first_rows
 from dist.drain import end_soon, lost_peer
@@ -117,8 +117,9 @@ class TokenLoader:
         """Seconds that the consumer waited for data, in all."""
         self.goes_on = False
         """Whether a further `iter()` goes on where the last one stopped, not at the start."""
-        self._seq_len = int(dataset.manifest.schema["seq_len"])
-        self._dtype = np.dtype(dataset.manifest.schema["token_dtype"])
+        self._seq_len = int(dataset.schema["seq_len"])
+        self._dtype = np.dtype(dataset.schema["token_dtype"])
+        self._has_masks = dataset.manifest.kind == "examples"
         self._shards = OpenShards(dataset, split, verifier)
         self._agree, self._pin, self._stop_requested = agree, pin, stop_requested
         self._channel: _Channel | None = None
@@ -264,6 +265,9 @@ class TokenLoader:
         keys[: len(rows)] = rows
         doc_lens = np.concatenate(lens) if lens else np.empty(0, np.int32)
         batches = make_batches(tokens, keys, doc_lens, row_splits, size)
+        if self._has_masks:
+            at = zip(shard_of.tolist(), row_in_shard.tolist(), strict=True)
+            mark_trained(batches, [open_shard(number).trained_runs(row) for number, row in at])
         for batch in batches:
             batch.step, batch.t0, batch.t1 = step, t0, t1
         return batches

@@ -17,7 +17,12 @@ from typing import Any
 from dist.errors import ConfigError, DataRefused
 
 FORMAT_VERSION = 1
-KINDS = ("packed_tokens",)
+_TOKENS = ("token_dtype", "vocab_size", "bos_id", "eos_id", "rows_per_batch")
+# kind -> keys of its schema.
+KINDS = {
+    "packed_tokens": ("seq_len", *_TOKENS),
+    "examples": ("max_length", "template_digest", *_TOKENS),
+}
 TOTALS = ("rows", "documents", "tokens", "targets")
 _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.arrow")
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
@@ -53,12 +58,14 @@ class Manifest:
 
     kind: str
     schema: dict[str, Any]
-    """packed_tokens: seq_len, token_dtype, vocab_size, bos_id, eos_id, rows_per_batch."""
+    """token_dtype, vocab_size, bos_id, eos_id, rows_per_batch; and of packed_tokens seq_len, of
+    examples max_length (tokens of the longest that there may be) and template_digest (SHA-256 of
+    the chat template, kept at templates/<digest>.jinja; null without one)."""
     tokenizer_digest: str | None
     """SHA-256 of tokenizer.json, kept at tokenizers/<digest>.json of the dataset."""
     shards: tuple[Shard, ...]
     totals: dict[str, dict[str, int]]
-    """Per split: rows, documents, tokens, targets."""
+    """Per split: rows, documents, tokens, targets (of examples: trained tokens)."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -84,12 +91,17 @@ class Manifest:
                 )
 
     def _check_schema(self) -> None:
-        expected = {"seq_len", "token_dtype", "vocab_size", "bos_id", "eos_id", "rows_per_batch"}
+        expected = set(KINDS[self.kind])
         if set(self.schema) != expected:
             raise DataRefused(f"schema holds {sorted(self.schema)}, not {sorted(expected)}")
         limit = {"uint16": 1 << 16, "uint32": 1 << 32}.get(self.schema["token_dtype"])
         if limit is None:
             raise DataRefused(f"token_dtype {self.schema['token_dtype']!r} is not uint16 or uint32")
+        if self.kind == "examples":
+            if self.schema["token_dtype"] != "uint32":
+                raise DataRefused(f"examples hold uint32 tokens, not {self.schema['token_dtype']}")
+            if self.schema["max_length"] < 2:
+                raise DataRefused(f"max_length {self.schema['max_length']} is below 2 tokens")
         if not 0 < self.schema["vocab_size"] <= limit:
             raise DataRefused(
                 f"vocabulary of {self.schema['vocab_size']} does not fit "

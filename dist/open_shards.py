@@ -17,7 +17,6 @@ from dist.cache_folder import in_words
 from dist.dataset import Dataset, SplitTable
 from dist.errors import LeydenError
 from dist.order import rank_span
-from dist.shard_file import PackedShard
 from dist.transfer import untested_note
 from dist.verify import ShardVerifier
 
@@ -79,12 +78,12 @@ class OpenShards:
     def __init__(self, dataset: Dataset, split: SplitTable, verifier: ShardVerifier | None) -> None:
         self._dataset, self._split = dataset, split
         self._verifier = verifier
-        self._open: OrderedDict[int, tuple[PackedShard, Lease | None]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[Any, Lease | None]] = OrderedDict()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._ahead: ShardsAhead | None = None
 
-    def get(self, number: int) -> PackedShard:
+    def get(self, number: int) -> Any:
         """A shard, mapped; waits for its bytes where they are not there yet."""
         found = self._open.get(number)  # without the lock: this runs once a row
         if found is not None:
@@ -99,7 +98,8 @@ class OpenShards:
         lease = self._dataset.hold(shard, self._stop)
         if lease is None and self._verifier is not None:  # the cache has checked what it lends
             self._verifier.require(number)
-        mapped = PackedShard(lease.path if lease else self._dataset.shard_path(shard))
+        path = lease.path if lease else self._dataset.shard_path(shard)
+        mapped = self._split.open_shard(number, path)
         with self._lock:
             self._open[number] = (mapped, lease)
         if len(self._open) > MAX_OPEN_SHARDS:

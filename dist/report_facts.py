@@ -167,7 +167,7 @@ def read_facts(run: RunDir) -> Facts:
         config_yaml=config_file.read_text(errors="replace") if config_file.is_file() else "",
         attempts=attempts, metrics=metrics, next_step=next_step, planned_steps=planned,
         samples=samples,
-        tokens=samples * int(data.manifest.schema["seq_len"]) if data else None,
+        tokens=samples * int(data.schema["seq_len"]) if data else None,
         epochs=samples / num_rows if num_rows and not by_source else None, by_source=by_source,
         baselines=_baselines(run), data=data, data_problem=problem, provenance=provenance,
         problems=problems,

@@ -4,6 +4,7 @@ packed_tokens:  tokens      FixedSizeList<uint16|uint32, seq_len + 1>
                 doc_lens    List<int32>   pieces of documents in the row; the rest is padding
                 doc_input   List<int32>   which input file (index into the provenance's inputs)
                 doc_offset  List<int64>   where in it the document starts
+(The other kind, examples, is dist/example_file.py.)
 Columns are non-null, record batches hold the same power of two of rows (the last may hold
 fewer), the footer holds one xxh3-64 a record batch. Equal rows give equal bytes.
 """
@@ -101,6 +102,21 @@ class _HashingFile:
         return self._hash.hexdigest()
 
 
+def write_batches(path: Path, schema: pa.Schema, batches: list[pa.RecordBatch]) -> ShardFile:
+    """Write record batches as a shard file of any kind, their hashes in its footer."""
+    hashes = [xxhash.xxh3_64_hexdigest(batch.serialize()) for batch in batches]
+    sink = _HashingFile(path)
+    footer = {_FOOTER_KEY: json.dumps(hashes).encode()}
+    try:
+        with pa.ipc.new_file(pa.PythonFile(sink, "w"), schema, metadata=footer) as out:
+            for batch in batches:
+                out.write_batch(batch)
+    finally:
+        sink.close()
+    rows = sum(batch.num_rows for batch in batches)
+    return ShardFile(rows=rows, bytes=sink.bytes, xxh3_128=sink.hexdigest)
+
+
 class PackedShardWriter:
     """Writes one shard file; memory holds its tokens until close(), as the footer needs hashes."""
 
@@ -135,17 +151,9 @@ class PackedShardWriter:
         self._cut(final=True)
         if not self._batches:
             raise ValueError(f"shard {self._path} would hold no row")
-        hashes = [xxhash.xxh3_64_hexdigest(batch.serialize()) for batch in self._batches]
-        sink = _HashingFile(self._path)
-        footer = {_FOOTER_KEY: json.dumps(hashes).encode()}
-        try:
-            with pa.ipc.new_file(pa.PythonFile(sink, "w"), self._schema, metadata=footer) as out:
-                for batch in self._batches:
-                    out.write_batch(batch)
-        finally:
-            sink.close()
+        made = write_batches(self._path, self._schema, self._batches)
         self._batches = []
-        return ShardFile(rows=self.num_rows, bytes=sink.bytes, xxh3_128=sink.hexdigest)
+        return made
 
     def _cut(self, *, final: bool) -> None:
         """Turn pending rows into batches of exactly rows_per_batch (the last may be shorter)."""
@@ -192,20 +200,40 @@ def slice_rows(rows: PackedRows, start: int, stop: int) -> PackedRows:
     )
 
 
+def open_shard_file(path: Path, expected: str) -> tuple[Any, Any, dict[str, str]]:
+    """(map, reader, metadata) of a shard file; DataRefused unless its format is `expected`."""
+    try:
+        mapped = pa.memory_map(str(path), "r")
+        reader = pa.ipc.open_file(mapped)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataRefused(f"shard {path} cannot be opened as an Arrow file: {error}") from None
+    metadata = reader.schema.metadata or {}
+    facts = {key.decode(): value.decode() for key, value in metadata.items()}
+    if facts.get("format") != expected:
+        raise DataRefused(f"shard {path} is {facts.get('format')!r}, not {expected}")
+    return mapped, reader, facts
+
+
+def bad_batches(path: Path | str) -> list[int]:
+    """Numbers of a shard file's record batches whose bytes differ from their footer hash."""
+    with pa.memory_map(str(path), "r") as mapped:
+        reader = pa.ipc.open_file(mapped)
+        stored = json.loads((reader.metadata or {}).get(_FOOTER_KEY, b"[]"))
+        found = [
+            xxhash.xxh3_64_hexdigest(reader.get_batch(i).serialize())
+            for i in range(reader.num_record_batches)
+        ]
+    if len(stored) != len(found):
+        return list(range(len(found)))
+    return [i for i, (a, b) in enumerate(zip(stored, found, strict=True)) if a != b]
+
+
 class PackedShard:
     """A shard mapped into memory; rows are numpy views of the page cache."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        try:
-            self._map = pa.memory_map(str(path), "r")
-            self._reader = pa.ipc.open_file(self._map)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataRefused(f"shard {path} cannot be opened as an Arrow file: {error}") from None
-        schema = self._reader.schema
-        facts = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-        if facts.get("format") != FORMAT:
-            raise DataRefused(f"shard {path} is {facts.get('format')!r}, not {FORMAT}")
+        self._map, self._reader, facts = open_shard_file(self.path, FORMAT)
         self.metadata = facts
         self.seq_len = int(facts["seq_len"])
         self._batches = [self._reader.get_batch(i) for i in range(self._reader.num_record_batches)]
@@ -252,14 +280,6 @@ class PackedShard:
         """(input index, document offset, tokens) of each piece of a row."""
         cells = [self._list_cell(name, row) for name in ("doc_input", "doc_offset", "doc_lens")]
         return list(zip(*(cell.tolist() for cell in cells), strict=True))
-
-    def bad_batches(self) -> list[int]:
-        """Numbers of the record batches whose bytes differ from their footer hash."""
-        stored = json.loads((self._reader.metadata or {}).get(_FOOTER_KEY, b"[]"))
-        found = [xxhash.xxh3_64_hexdigest(batch.serialize()) for batch in self._batches]
-        if len(stored) != len(found):
-            return list(range(len(found)))
-        return [i for i, (a, b) in enumerate(zip(stored, found, strict=True)) if a != b]
 
     def close(self) -> None:
         """Drop the map; views handed out keep it alive until they are gone."""

@@ -16,6 +16,7 @@ from dist.config import config_digest, to_yaml
 from dist.dataset import Dataset, MixedDataset
 from dist.drain import clear_request, end_soon, lost_peer
 from dist.errors import ConfigError, DataRefused, SetupError, describe
+from dist.examples import ExampleDataset, Packing, as_rows
 from dist.folder_files import files_of
 from dist.open_shards import remote_notes
 from dist.order_choice import OrderName
@@ -61,6 +62,10 @@ class DataConfig:
     """Several datasets with weights, instead of url: [{name: ..., url: ..., weight: ...}, ...]."""
     stages: list[StageConfig] = field(default_factory=list)
     """Other weights from a step or a sample on: [{from_step: ..., weights: {NAME: ...}}, ...]."""
+    packing: Packing = "packed"
+    """Of a dataset of examples. packed: as many as fit share a row; padded: one a row."""
+    seq_len: int = 0
+    """Of a dataset of examples: input tokens of a row; 0: its max_length."""
 
     def cache(self) -> CacheConfig:
         """Where shards of a remote dataset are kept."""
@@ -114,7 +119,9 @@ def start_run(
     identity = run.read_run()
     if identity is not None:
         _switch(run, identity, str(getattr(config, "switch_data", None) or ""))
-    dataset = _open_data(run, identity, config)
+    dataset = as_rows(
+        _open_data(run, identity, config), config.data.packing, config.data.seq_len
+    )
     for source in dataset.sources:
         source.manifest.shards_of("train")
         check_presence(source)
@@ -178,7 +185,7 @@ def start_run(
             "config": asdict(config),
             "config_digest": config_digest(config),
             # What a model needs that is used without its dataset.
-            "schema": dataset.manifest.schema,
+            "schema": dataset.schema,
             "tokenizer_digest": dataset.manifest.tokenizer_digest,
             **(facts or {}),
         }
@@ -198,6 +205,9 @@ def start_run(
     for source in dataset.sources:
         for note in remote_notes(source, mode.mode):
             print(note, file=sys.stderr)
+        if isinstance(source, ExampleDataset):
+            for name in source.manifest.splits():
+                print(source.describe(name), file=sys.stderr)
     checkpoints = run.checkpoints
     checkpoint, passed_over = find_checkpoint(checkpoints)
     for reason in passed_over:

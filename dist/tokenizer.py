@@ -91,6 +91,32 @@ class TextTokenizer:
         return ids
 
 
+class RenderedTokenizer:
+    """Tokens of text that a chat template made: special tokens in it are tokens, and each token
+    knows its characters. The reference engine alone does that."""
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        self._plain = TextTokenizer(tokenizer_json, "hf")
+        self._tokenizer = self._plain._reference
+        self._tokenizer.encode_special_tokens = False
+        self.vocab_size = self._plain.vocab_size
+        added = json.loads(tokenizer_json).get("added_tokens") or []
+        self.special = {one["content"]: int(one["id"]) for one in added if one.get("special")}
+        """Text -> id of the special tokens."""
+
+    def token_id(self, token: str) -> int:
+        """Id of a token by its text; ConfigError if the vocabulary lacks it."""
+        return self._plain.token_id(token)
+
+    def encode(self, texts: list[str]) -> list[Any]:
+        """One tokenizers.Encoding a text: ids, and characters of each token."""
+        return list(self._tokenizer.encode_batch(texts, add_special_tokens=False))
+
+    def decode(self, ids: NDArray[np.integer] | list[int]) -> str:
+        """Text of ids, special tokens written out."""
+        return self._plain.decode(ids)
+
+
 def tokenizer_digest(tokenizer_json: bytes) -> str:
     """SHA-256 (hex) of a tokenizer.json: the tokenizer's identity in manifests."""
     return hashlib.sha256(tokenizer_json).hexdigest()

@@ -66,7 +66,7 @@ def run_callbacks(
     """The recorder, and all callbacks in the order that they need: records, guard, checkpoints
     (so that nothing is saved that was not judged), then what only watches."""
     recorder = RunRecorder(
-        run, state, loader, attempt=start.attempt, seq_len=dataset.manifest.schema["seq_len"],
+        run, state, loader, attempt=start.attempt, seq_len=dataset.schema["seq_len"],
         log_every_steps=config.log_every_steps, max_steps=config.max_steps,
     )  # fmt: skip
     checkpoints = Checkpoints(

@@ -22,7 +22,7 @@ from dist.errors import DataRefused
 from dist.local_files import write_atomic
 from dist.manifest import Shard
 from dist.progress import Progress
-from dist.shard_file import PackedShard, file_digest
+from dist.shard_file import bad_batches, file_digest
 from dist.stamps import file_facts, is_stamped
 from dist.transfer import PART_BYTES, retried
 
@@ -63,9 +63,7 @@ def wrong_bytes(path: Path, shard: Shard, found: str = "") -> str:
     if found == shard.xxh3_128:
         return ""
     try:
-        opened = PackedShard(path)
-        bad = opened.bad_batches()
-        opened.close()
+        bad = bad_batches(path)
         where = f"record batches {bad[:8]}" if bad else "its schema or footer"
     except Exception:  # damage can make Arrow raise anything; the digest has already decided
         where = "it no longer opens as an Arrow file"

@@ -41,6 +41,7 @@ def help_text() -> str:
         " --vocab_size 32000\n"
         "  leyden prep tokenize-text --input data/raw --output data/corpus"
         " --tokenizer data/tokenizer\n"
+        "  leyden prep chat --input data/chats --tokenizer models/base --output data/sft\n"
         "  leyden prep tokenize-text --config corpus.yaml --dry-run\n"
     )
 

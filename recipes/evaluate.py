@@ -30,6 +30,7 @@ from dist.attention import packed_info
 from dist.batch import Batch
 from dist.dataset import Dataset, SplitTable, open_dataset
 from dist.errors import ConfigError, DataRefused, run_main
+from dist.examples import rows_as_trained
 from dist.lineage import input_paths
 from dist.loader import LoaderPlan, TokenLoader
 from dist.loss import chunk_tokens
@@ -37,7 +38,6 @@ from dist.order import SequentialOrder
 from dist.precision import decide_precision
 from dist.progress import Progress
 from dist.run_dir import RunDir
-from dist.shard_file import PackedShard
 from dist.verify import ShardVerifier, check_presence
 from recipes.eval_tasks import check_tasks, run_tasks, tasks_table
 from recipes.trained import (
@@ -188,7 +188,7 @@ def open_data(trained: Trained, url: str) -> Dataset:
             f"{trained.place.path} was trained with {trained.tokenizer_digest}: its ids mean other "
             "text. Run `leyden prep tokenize-text` with the model's tokenizer"
         )
-    return dataset
+    return rows_as_trained(dataset, trained.record.get("config") or {})
 
 
 @torch.no_grad()
@@ -249,7 +249,7 @@ class _Lineage:
     def __init__(self, dataset: Dataset, split: SplitTable) -> None:
         self._dataset, self._split = dataset, split
         self._number = -1
-        self._shard: PackedShard | None = None
+        self._shard: Any = None
 
     def inputs_of(self, row: int) -> NDArray[np.int64]:
         """(documents,) input index of each document of a row of the split."""
@@ -258,8 +258,7 @@ class _Lineage:
             self.close()
             self._number = int(numbers[0])
             path = self._dataset.shard_path(self._split.shards[self._number])
-            self._shard = PackedShard(path)
-        assert self._shard is not None
+            self._shard = self._split.open_shard(self._number, path)
         return np.array([piece[0] for piece in self._shard.lineage(int(local[0]))], np.int64)
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ from dist.config import parse_config
 from dist.dataset import open_dataset
 from dist.devices import Device, find_device
 from dist.errors import ConfigError, run_main
+from dist.examples import as_rows
 from dist.local_device import cpu_device
 from dist.memory_plan import MAX_RANKS, PLANNED_STRATEGIES, Request, plan
 from dist.memory_trace import GRADIENTS
@@ -112,20 +113,21 @@ def parse(words: Sequence[str]) -> tuple[Asked, argparse.Namespace]:
         device = replace(device, memory_gib=given.memory_gib)
     if given.ranks_per_node:
         device = replace(device, ranks_per_node=given.ranks_per_node)
-    schema = schema_of(config.data.url, given.vocab_size, given.seq_len)
+    schema = schema_of(config.data, given.vocab_size, given.seq_len)
     asked = Asked(
         recipe=recipe, name=name, config=config, schema=schema, ranks=given.ranks, device=device
     )
     return asked, given
 
 
-def schema_of(url: str, vocab_size: int, seq_len: int) -> dict[str, Any]:
+def schema_of(data: Any, vocab_size: int, seq_len: int) -> dict[str, Any]:
     """Vocabulary and row length: the dataset's, or as given."""
-    if url:
-        schema = open_dataset(url).manifest.schema
+    if data.url:
+        schema = as_rows(open_dataset(data.url), data.packing, data.seq_len).schema
         for key, value in (("vocab_size", vocab_size), ("seq_len", seq_len)):
             if value and value != schema[key]:
-                raise ConfigError(f"--{key} {value}, but {url} has {schema[key]}; leave it out")
+                has = f"{data.url} has {schema[key]}"
+                raise ConfigError(f"--{key} {value}, but {has}; leave it out")
         return schema
     if vocab_size < 1 or seq_len < 1:
         raise ConfigError(

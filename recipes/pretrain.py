@@ -29,6 +29,7 @@ from dist.dataset import open_dataset
 from dist.deepspeed_zero import gather_with
 from dist.drain import StopFlag, stop_requests
 from dist.errors import run_main
+from dist.examples import as_rows
 from dist.gradient_scaler import GradientScaler
 from dist.guard import Guard, GuardConfig, check_guard
 from dist.initialise import materialise
@@ -274,8 +275,9 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
     watchdog = watch_run(run, start.attempt, config.watchdog, ranks, stack)
     with failure_recorded(run, start.attempt, ranks):
         # Data: from the sample where the run stands.
-        dataset = open_dataset(start.data, config.data.cache())
-        schema = dataset.manifest.schema
+        opened = open_dataset(start.data, config.data.cache())
+        dataset = as_rows(opened, config.data.packing, config.data.seq_len)
+        schema = dataset.schema
         state = OrderState(
             data_digest=dataset.data_digest, seed=config.seed, batch=config.global_batch
         )

@@ -48,12 +48,17 @@ def check_messages(
         "tokens made = packed": (counters["tokens"], sum(one["tokens"] for one in shards)),
         "records refused = kept in quarantine": (quarantined, last[0]["rows"]),
     }
-    for what, (left, right) in books.items():
-        if left != right:
-            raise LeydenError(f"the books do not balance: {what}, but {left} != {right}")
+    balance(books)
     counters["quarantined"] = quarantined
     quarantine = {key: last[0][key] for key in ("name", "rows", "bytes")} if quarantined else None
     return counters, quarantine, shards
+
+
+def balance(books: dict[str, tuple[int, int]]) -> None:
+    """LeydenError unless the two sides of every entry are equal."""
+    for what, (left, right) in books.items():
+        if left != right:
+            raise LeydenError(f"the books do not balance: {what}, but {left} != {right}")
 
 
 def check_yield(
@@ -66,7 +71,7 @@ def check_yield(
     seen, bad = counters["documents_in"], counters["quarantined"]
     if seen == 0:
         raise DataRefused("the inputs hold no records; check --input and --format")
-    reasons = ", ".join(f"{n} {reason}" for reason, n in _by_reason(counters).items())
+    reasons = ", ".join(f"{n} {reason}" for reason, n in by_reason(counters).items())
     where = f"{root}/{quarantine['name']}" if quarantine else ""
     if counters.get("quarantined.field_missing") == seen:
         raise DataRefused(
@@ -83,7 +88,7 @@ def check_yield(
         raise DataRefused(f"no token is left of {seen} records ({reasons or 'all without text'})")
 
 
-def _by_reason(counters: dict[str, int]) -> dict[str, int]:
+def by_reason(counters: dict[str, int]) -> dict[str, int]:
     found = {reason: counters.get(f"quarantined.{reason}", 0) for reason in REASONS}
     return {reason: count for reason, count in found.items() if count}
 
@@ -94,19 +99,31 @@ def build_manifest(
     facts: dict[str, Any],
     tokenizer: str,
 ) -> Manifest:
+    schema = {
+        "seq_len": facts["seq_len"],
+        "token_dtype": plan.token_dtype,
+        "vocab_size": facts["vocab_size"],
+        "bos_id": plan.bos_id,
+        "eos_id": plan.eos_id,
+        "rows_per_batch": facts["rows_per_batch"],
+    }
+    return manifest_of("packed_tokens", schema, tokenizer, messages, plan)
+
+
+def manifest_of(
+    kind: str,
+    schema: dict[str, Any],
+    tokenizer: str,
+    messages: list[dict[str, Any]],
+    plan: Transform,
+) -> Manifest:
+    """The manifest of the shards that the messages tell of, in their order."""
     shards = []
     totals: dict[str, dict[str, int]] = {}
     for one in messages:
         split = plan.split_of(one["bucket"])
-        shards.append(
-            Shard(
-                name=one["name"],
-                rows=one["rows"],
-                bytes=one["bytes"],
-                xxh3_128=one["digest"],
-                split=split,
-            )
-        )
+        facts = {name: one[name] for name in ("name", "rows", "bytes")}
+        shards.append(Shard(**facts, xxh3_128=one["digest"], split=split))
         sums = totals.setdefault(split, dict.fromkeys(TOTALS, 0))
         for name in TOTALS:
             sums[name] += one[name]
@@ -118,20 +135,8 @@ def build_manifest(
             "--validation_fraction",
             file=sys.stderr,
         )
-    schema = {
-        "seq_len": facts["seq_len"],
-        "token_dtype": plan.token_dtype,
-        "vocab_size": facts["vocab_size"],
-        "bos_id": plan.bos_id,
-        "eos_id": plan.eos_id,
-        "rows_per_batch": facts["rows_per_batch"],
-    }
     return Manifest(
-        kind="packed_tokens",
-        schema=schema,
-        tokenizer_digest=tokenizer,
-        shards=tuple(shards),
-        totals=totals,
+        kind=kind, schema=schema, tokenizer_digest=tokenizer, shards=tuple(shards), totals=totals
     )
 
 
@@ -153,7 +158,7 @@ def summarise(
             f"{manifest.schema['seq_len']} + 1 tokens, {len(shards)} shards, {size_mb:,.1f} MB"
         )
     if quarantine:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in _by_reason(counters).items())
+        reasons = ", ".join(f"{n} {reason}" for reason, n in by_reason(counters).items())
         print(f"  refused: {reasons}; kept in {storage.url}/{quarantine['name']}")
     print(
         f"{text_mb:,.1f} MB of text in {wall_s:,.1f} s, {text_mb / wall_s:,.1f} MB/s with Spark's "

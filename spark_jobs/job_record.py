@@ -11,9 +11,11 @@ from typing import Any
 
 import fsspec
 
+from dist.commit import find_job
 from dist.errors import ConfigError
 from dist.local_files import write_atomic
 from dist.manifest import digest_of
+from dist.storage import Storage
 from spark_jobs.sources import InputFile
 
 LIBRARIES = ("pyspark", "pyarrow", "numpy", "tokenizers", "kitoken", "xxhash", "fsspec")
@@ -40,6 +42,19 @@ def announce(job: str, output: str) -> None:
     if folder:
         record = {"job_digest": job, "output": output}
         write_atomic(Path(folder) / "job.json", (json.dumps(record, indent=1) + "\n").encode())
+
+
+def already_done(storage: Storage, job: str) -> str | None:
+    """The data_digest of an earlier run of the same job, made LATEST; None if there is none."""
+    digest = find_job(storage, job)
+    if digest is not None:
+        print(
+            f"already done: {storage.url}@{digest[:12]} was made by the same job from the same "
+            "inputs, and all its shards are there"
+        )
+        if storage.read("LATEST").decode().strip() != digest:
+            storage.write_atomic("LATEST", digest.encode() + b"\n")
+    return digest
 
 
 def read_tokenizer(given: str) -> bytes:

@@ -72,6 +72,12 @@ def run(config: Config) -> str:
     if config.data:
         reference = f"{config.data.partition('@')[0]}@{reference.rpartition('@')[2]}"
     parent, storage = open_dataset(reference), Storage(config.output)
+    if parent.manifest.kind != "packed_tokens":
+        raise ConfigError(
+            f"{parent.reference} is of kind {parent.manifest.kind}: without a row all others would "
+            "be packed anew, and the run could not go on in its order. Leave the source's record "
+            "out of the input, write the dataset anew, and start another run"
+        )
     removed = sorted({row["row"] for row in chosen_rows(record, config.rows)})
     job = digest_of(
         {"job": "quarantine", "version": TRANSFORM_VERSION, "parent": parent.data_digest,

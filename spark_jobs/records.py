@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -18,7 +19,12 @@ import pyarrow as pa
 from dist.errors import DataRefused
 from spark_jobs.sources import InputFile, Split
 
-REASONS = ("undecodable", "not_json", "field_missing", "empty", "over_long")
+REASONS = (
+    *("undecodable", "not_json", "field_missing", "empty", "over_long"),
+    # Of chats (spark_jobs/chat_tokens.py).
+    *("unrecognised", "template_error", "not_prefix", "turns_unclear", "special_text"),
+    "truncated_away",
+)
 KEPT_RAW_BYTES = 64 << 10
 BLOCK_BYTES = 1 << 20
 CHUNK_BYTES = 4 << 20
@@ -53,6 +59,7 @@ class Rules:
     """What makes a record a document."""
 
     text_field: str
+    """Key or column of the text; '' takes the whole row, as the text of a JSON object."""
     max_document_bytes: int
 
 
@@ -111,6 +118,8 @@ def _read_split(file: InputFile, split: Split, rules: Rules) -> Iterator[tuple[i
         return _read_parquet(file, split, rules)
     if file.format == "text":
         return _read_text(file, rules)
+    if file.format == "json":
+        return _read_json(file, rules)
     return _read_jsonl(file, split, rules)
 
 
@@ -154,8 +163,37 @@ def _parse(line: bytes, text_field: str) -> Value:
         return "not_json", line
     if not isinstance(row, dict):
         return "not_json", line
-    text = row.get(text_field)
+    text = row.get(text_field) if text_field else line.decode()
     return text if isinstance(text, str) else ("field_missing", line)
+
+
+def _read_json(file: InputFile, rules: Rules) -> Iterator[tuple[int, Value]]:
+    """Elements of a file that is one JSON array; a record's offset is that of its first byte.
+
+    The file is held in memory. What follows a damaged element is refused with it as one record.
+    """
+    with _open(file) as stream:
+        raw = stream.read()
+    text = raw.decode("utf-8", "surrogateescape")  # so that a bad byte costs one element only
+    scan, decoder = re.compile(r"[\s,\ufeff]*"), json.JSONDecoder()
+    begin = re.match(r"[\s\ufeff]*\[", text)
+    if begin is None:
+        yield 0, ("not_json", raw[:KEPT_RAW_BYTES])
+        return
+    at, done, offset = begin.end(), 0, 0
+    while True:
+        at = scan.match(text, at).end()  # type: ignore[union-attr]
+        offset += len(text[done:at].encode("utf-8", "surrogateescape"))
+        done = at
+        if at >= len(text) or text[at] == "]":
+            return
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            yield offset, ("not_json", raw[offset : offset + KEPT_RAW_BYTES])
+            return
+        yield offset, _parse(text[at:end].encode("utf-8", "surrogateescape"), rules.text_field)
+        at = end
 
 
 def _decode(raw: bytes) -> Value:
@@ -240,6 +278,9 @@ def _first_byte(row_group: Any) -> int:
 def _read_row_group(
     parquet: Any, group: int, row: int, rules: Rules
 ) -> Iterator[tuple[int, Value]]:
+    if not rules.text_field:
+        yield from _read_whole_rows(parquet, group, row)
+        return
     schema = parquet.schema_arrow
     kind = schema.field(rules.text_field).type if rules.text_field in schema.names else None
     if kind is not None and pa.types.is_dictionary(kind):
@@ -254,3 +295,24 @@ def _read_row_group(
         for raw in batch.column(0).cast(pa.large_binary()).to_pylist():
             yield row, ("field_missing", b"") if raw is None else _decode(raw)
             row += 1
+
+
+def _read_whole_rows(parquet: Any, group: int, row: int) -> Iterator[tuple[int, Value]]:
+    """Rows of a row group as JSON; a field without a value is left out at any depth, since a
+    Parquet struct gives every row the fields of all others."""
+    for batch in parquet.iter_batches(1024, row_groups=[group]):
+        for number in range(batch.num_rows):
+            try:
+                values = batch.slice(number, 1).to_pylist()[0]
+                yield row, json.dumps(_without_nulls(values), ensure_ascii=False, default=str)
+            except UnicodeDecodeError:
+                yield row, ("undecodable", b"")
+            row += 1
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return value

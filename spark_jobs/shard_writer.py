@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -80,19 +80,34 @@ class WriterPlan:
     """Buckets of documents; number `num_buckets` itself holds counters and refused records."""
 
 
+class Plan(Protocol):
+    """What a plan of any kind of shards has."""
+
+    @property
+    def output(self) -> str: ...
+
+    @property
+    def num_buckets(self) -> int: ...
+
+
 def write_partition(
-    batches: Iterable[pa.RecordBatch], plan: WriterPlan, paths: list[str]
+    batches: Iterable[pa.RecordBatch], plan: Plan, paths: list[str], bucket_writer: Any = None
 ) -> Iterator[pa.RecordBatch]:
-    """Write all buckets of a partition; yields one message row a shard. paths: of the inputs."""
+    """Write all buckets of a partition; yields one message row a shard. paths: of the inputs.
+
+    bucket_writer: what writes a bucket's rows as shards; by default BucketWriter.
+    """
     local_dirs = os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0]
     scratch_base = local_dirs if os.path.isdir(local_dirs) else None
     with tempfile.TemporaryDirectory(prefix="leyden-shards-", dir=scratch_base) as scratch:
-        writer: BucketWriter | CountersSink | None = None
+        writer: Any = None
         for bucket, rows in _runs_of_buckets(batches):
             if writer is None or writer.bucket != bucket:
                 if writer is not None:
                     yield from map(_message, writer.close())
-                kind = BucketWriter if bucket < plan.num_buckets else CountersSink
+                kind: Any = CountersSink
+                if bucket < plan.num_buckets:
+                    kind = bucket_writer or BucketWriter
                 writer = kind(bucket, plan, Path(scratch), paths)
             for message in writer.add(rows):
                 yield _message(message)
@@ -209,7 +224,7 @@ class BucketWriter:
 class CountersSink:
     """Sums the tasks' counters and writes their refused records to one quarantine file."""
 
-    def __init__(self, bucket: int, plan: WriterPlan, scratch: Path, paths: list[str]) -> None:
+    def __init__(self, bucket: int, plan: Plan, scratch: Path, paths: list[str]) -> None:
         self.bucket, self._plan, self._paths = bucket, plan, paths
         self._path = scratch / "quarantine.parquet"
         self._counters: Counter[str] = Counter()

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dist.errors import ConfigError, DataRefused, SetupError
 
-FORMATS = ("auto", "jsonl", "parquet", "text")
+FORMATS = ("auto", "jsonl", "parquet", "text", "json")
 _BY_EXTENSION = {
     **dict.fromkeys((".jsonl", ".json", ".ndjson"), "jsonl"),
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
@@ -48,7 +48,7 @@ class InputFile:
     stamp: str
     """Modification time, or the ETag of an object store; tells a changed file."""
     format: str
-    """jsonl, parquet or text."""
+    """jsonl, parquet, text, or json: one array of records."""
     compression: str
     """gzip, zstd or empty."""
 
@@ -187,7 +187,7 @@ def plan_tasks(files: Sequence[InputFile], split_bytes: int) -> list[list[Split]
 
 def _cut_files(files: Sequence[InputFile], split_bytes: int) -> Iterable[Split]:
     for number, file in enumerate(files):
-        if file.compression or file.format == "text":
+        if file.compression or file.format in ("text", "json"):
             yield Split(number, 0, file.size)
             continue
         for start in range(0, file.size, split_bytes):

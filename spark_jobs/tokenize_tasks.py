@@ -98,6 +98,20 @@ def tokenize_chunk(
     chunk: Chunk, files: list[InputFile], plan: Transform, tokenizer: TextTokenizer
 ) -> pa.RecordBatch:
     """Documents of a chunk as rows of ROW_SCHEMA; those without a single token are left out."""
+    flat, lengths = tokenizer.encode_batch(chunk.texts)
+    flat, lengths = frame_documents(flat, lengths, plan)
+    rows = placed_rows(chunk, files, plan, lengths, _binary_column(flat, lengths))
+    # Possible without bos and eos, where a normalizer takes everything away.
+    return rows if lengths.all() else rows.filter(pa.array(lengths > 0))
+
+
+def placed_rows(
+    chunk: Chunk, files: list[InputFile], plan: Transform, num_tokens: NDArray[Any], payload: Any
+) -> pa.RecordBatch:
+    """Documents of a chunk as rows of ROW_SCHEMA: each with its key and so its place.
+
+    num_tokens: (documents,); payload: an Arrow array of bytes, what stage 2 needs of each.
+    """
     keys: list[bytes] = []
     start = 0
     for stop in range(1, len(chunk.inputs) + 1):
@@ -105,9 +119,7 @@ def tokenize_chunk(
             keys += record_keys(files[chunk.inputs[start]].path, chunk.offsets[start:stop])
             start = stop
     h = key_hashes(keys, plan.seed)
-    flat, lengths = tokenizer.encode_batch(chunk.texts)
-    flat, lengths = frame_documents(flat, lengths, plan)
-    rows = pa.record_batch(
+    return pa.record_batch(
         [
             pa.array(bucket_of(keys, h, plan).astype(np.int32)),
             # Spark sorts longs as signed; with the top bit flipped that is the unsigned order.
@@ -115,13 +127,11 @@ def tokenize_chunk(
             pa.array(keys, pa.binary()),
             pa.array(np.array(chunk.inputs, np.int32)),
             pa.array(np.array(chunk.offsets, np.int64)),
-            pa.array(lengths.astype(np.int32)),
-            _binary_column(flat, lengths),
+            pa.array(num_tokens.astype(np.int32)),
+            payload,
         ],
         schema=ROW_SCHEMA,
     )
-    # Possible without bos and eos, where a normalizer takes everything away.
-    return rows if lengths.all() else rows.filter(pa.array(lengths > 0))
 
 
 def frame_documents(

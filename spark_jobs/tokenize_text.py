@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from dist.commit import commit_dataset, find_job, publish_tokenizer, target_lease
+from dist.commit import commit_dataset, publish_tokenizer, target_lease
 from dist.config import parse_config
 from dist.errors import ConfigError, DataRefused, run_main
 from dist.shard_file import rows_per_batch
@@ -33,17 +33,15 @@ from dist.versions import code_version, library_versions
 from spark_jobs import job_record
 from spark_jobs.bookkeeping import build_manifest, check_messages, check_yield, summarise
 from spark_jobs.records import Rules, read_chunks
-from spark_jobs.session import run_with_progress, spark_session
-from spark_jobs.shard_writer import MESSAGE_DDL, ROW_DDL, WriterPlan
+from spark_jobs.shard_writer import WriterPlan
 from spark_jobs.sources import (
     InputFile,
     describe_inputs,
     list_inputs,
-    plan_tasks,
     sample_splits,
-    split_bytes_for,
 )
 from spark_jobs.tokenize_tasks import Transform, num_buckets, stage_1, stage_2
+from spark_jobs.two_stages import run_two_stages
 
 TRANSFORM_VERSION = 1
 """Raise when the same inputs and config would give other bytes."""
@@ -125,10 +123,10 @@ def run(config: Config) -> str:
     semantic = {**semantic_config(config), "tokenizer": tokenizer_digest(tokenizer_json)}
     job = job_record.job_digest("tokenize_text", TRANSFORM_VERSION, files, semantic)
     job_record.announce(job, storage.url)
-    if done := _already_done(storage, job):
+    if done := job_record.already_done(storage, job):
         return done
     with target_lease(storage) as lease:
-        if done := _already_done(storage, job):
+        if done := job_record.already_done(storage, job):
             return done
         plan, facts = plan_transform(config, files, tokenizer_json)
         writer = _writer_plan(config, storage, plan, facts)
@@ -156,18 +154,6 @@ def run(config: Config) -> str:
         }
         digest = commit_dataset(storage, manifest, provenance, job, lease)
     summarise(storage, manifest, counters, quarantine, facts, ended - started)
-    return digest
-
-
-def _already_done(storage: Storage, job: str) -> str | None:
-    digest = find_job(storage, job)
-    if digest is not None:
-        print(
-            f"already done: {storage.url}@{digest[:12]} was made by the same job from the same "
-            "inputs, and all its shards are there"
-        )
-        if storage.read("LATEST").decode().strip() != digest:
-            storage.write_atomic("LATEST", digest.encode() + b"\n")
     return digest
 
 
@@ -262,25 +248,15 @@ def _run_spark(
     writer: WriterPlan,
 ) -> list[dict[str, Any]]:
     """Both stages; one message a shard and one of the counters."""
-    with spark_session(config.master, "leyden tokenize-text", scratch=config.scratch) as spark:
-        context = spark.sparkContext
-        total = sum(file.size for file in files)
-        split_bytes = split_bytes_for(total, context.defaultParallelism, config.num_tasks)
-        tasks = plan_tasks(files, split_bytes)
-        shared_tasks, shared_files = context.broadcast(tasks), context.broadcast(files)
-        first = stage_1(shared_tasks, shared_files, context.broadcast(tokenizer_json), plan)
-        second = stage_2(writer, context.broadcast([file.path for file in files]))
-        num_parts = writer.num_buckets + 1
-        messages = (
-            spark.range(0, len(tasks), 1, len(tasks))
-            .mapInArrow(first, ROW_DDL)
-            .repartitionById(num_parts, "bucket")
-            # The input decides between files of equal relative path in two folders.
-            .sortWithinPartitions("bucket", "h", "key", "input")
-            .mapInArrow(second, MESSAGE_DDL)
-        )
-        rows = run_with_progress(spark, "tokenize", len(tasks) + num_parts, messages.collect)
-        return [row.asDict() for row in rows]
+
+    def stages(context: Any, tasks: Any, shared_files: Any, paths: Any) -> tuple[Any, Any]:
+        first = stage_1(tasks, shared_files, context.broadcast(tokenizer_json), plan)
+        return first, stage_2(writer, paths)
+
+    return run_two_stages(
+        "tokenize-text", "tokenize", files, config.master, config.scratch, config.num_tasks,
+        writer.num_buckets, stages,
+    )  # fmt: skip
 
 
 def main() -> int:

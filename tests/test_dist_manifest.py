@@ -80,6 +80,7 @@ def test_identity_ignores_the_order_of_dicts_but_not_of_shards() -> None:
         (changed(colour="red"), r"unknown keys \['colour'\]"),
         (changed(totals=None), r"lacks the keys \['totals'\]"),
         (changed(kind="images"), "kind 'images'"),
+        (changed(kind=["examples"]), "wrong type"),
         (changed(tokenizer_digest="../x"), "not a SHA-256"),
         (changed(shards=[]), "no shard"),
         (changed(shards=[7]), "not an object"),
@@ -114,6 +115,34 @@ def test_a_vocabulary_too_large_for_its_tokens_is_refused() -> None:
     schema = json.loads(example().to_json())["schema"]
     with pytest.raises(DataRefused, match="does not fit uint16"):
         Manifest.from_json(changed(schema={**schema, "vocab_size": 128_256}))
+
+
+def examples() -> Manifest:
+    schema = {key: value for key, value in example().schema.items() if key != "seq_len"}
+    schema |= {"token_dtype": "uint32", "max_length": 2048, "template_digest": "cd" * 32}
+    return dataclasses.replace(example(), kind="examples", schema=schema)
+
+
+def test_golden_manifest_of_examples_is_kept_byte_for_byte() -> None:
+    """As for packed tokens: a moved byte renames every dataset of chats."""
+    data = GOLDEN.with_name("manifest_examples_v1.json").read_bytes()
+    assert examples().to_json() == data and Manifest.from_json(data) == examples()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"token_dtype": "uint16"}, "examples hold uint32"),
+        ({"max_length": 1}, "max_length 1 is below"),
+        ({"seq_len": 256}, "schema holds"),
+    ],
+)
+def test_a_schema_of_another_kind_is_refused(changes: dict[str, object], said: str) -> None:
+    """Packed tokens called examples would be read as masks that are not there."""
+    record = json.loads(examples().to_json())
+    record["schema"] |= changes
+    with pytest.raises(DataRefused, match=said):
+        Manifest.from_json(json.dumps(record).encode())
 
 
 @pytest.mark.parametrize(

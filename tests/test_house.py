@@ -32,6 +32,9 @@ FLOORS: dict[int, set[str]] = {
         *{"audit", "baselines", "commit", "config", "dataset", "lineage", "mixture", "order"},
         *{
             "bundle",
+            "example_file",
+            "examples",
+            "pack_index",
             "checkpoint_folder",
             *("data_diff", "data_export", "data_gc", "data_import", "data_inspect", "data_page"),
             *("documents", "mds_format", "megatron_format", "table_format", "tar_format"),

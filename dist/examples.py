@@ -1,0 +1,201 @@
+"""A dataset of examples as rows of one width: packed by an index, or padded one by one.
+
+`as_rows` gives the dataset the looks of packed tokens: its splits count rows, a shard is opened as
+rows, and a row's pieces are its examples. So order, resume, who-saw and every rank count rows,
+which follow from (data_digest, packing, seq_len) alone. A row's examples lie in one shard: shards
+are packed one by one, which costs at most a part of a row each and keeps the order's locality.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist.dataset import Dataset, MixedDataset, SplitTable, mix
+from dist.errors import ConfigError, DataRefused
+from dist.example_file import ExampleShard
+from dist.pack_index import PackIndex, one_a_row, pack_best_fit
+from dist.packing import PAD_TOKEN
+
+Packing = Literal["packed", "padded"]
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+
+
+class ExampleRows:
+    """A shard of examples, opened as rows of `width` tokens; stands in for PackedShard."""
+
+    def __init__(self, path: Path, index: PackIndex, width: int) -> None:
+        self._shard, self._index, self._width = ExampleShard(path), index, width
+        self.num_rows = index.num_rows
+
+    def read_row(self, row: int, out: NDArray[np.unsignedinteger]) -> I32:
+        """Copy a row's tokens into `out` (width,) and return its examples' lengths."""
+        start = 0
+        lengths = []
+        for example in self._index.examples_of(row).tolist():
+            tokens = self._shard.example_tokens(example)
+            out[start : start + len(tokens)] = tokens
+            lengths.append(len(tokens))
+            start += len(tokens)
+        out[start:] = PAD_TOKEN
+        return np.array(lengths, np.int32)
+
+    def trained_runs(self, row: int) -> I32:
+        """(runs, 2) how many tokens of a row are left out, then trained; they sum to `width`."""
+        starts, parts = 0, [np.empty((0, 2), np.int32)]
+        for example in self._index.examples_of(row).tolist():
+            parts.append(self._shard.spans(example) + np.int32(starts))
+            starts += len(self._shard.example_tokens(example))
+        spans = np.concatenate([*parts, [[self._width, self._width]]])
+        before = np.concatenate(([0], spans[:-1, 1]))
+        return np.stack((spans[:, 0] - before, spans[:, 1] - spans[:, 0]), axis=1).astype(np.int32)
+
+    def tokens(self, start: int, stop: int) -> NDArray[np.uint32]:
+        """Tokens of rows start to stop, (stop - start, width)."""
+        out = np.empty((stop - start, self._width), np.uint32)
+        for row in range(start, stop):
+            self.read_row(row, out[row - start])
+        return out
+
+    def lineage(self, row: int) -> list[tuple[int, int, int]]:
+        """(input index, offset, tokens) of each example of a row."""
+        return [
+            (*self._shard.origin(example), len(self._shard.example_tokens(example)))
+            for example in self._index.examples_of(row).tolist()
+        ]
+
+    def close(self) -> None:
+        """Drop the map."""
+        self._shard.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleSplit(SplitTable):
+    """A split whose rows are made of examples; row_start counts rows, not examples."""
+
+    packs: tuple[PackIndex, ...]
+    """Of each shard."""
+    width: int
+    num_tokens: int
+
+    def open_shard(self, number: int, path: Path) -> Any:
+        """Shard `number`, which lies at `path`, as rows."""
+        return ExampleRows(path, self.packs[number], self.width)
+
+    def rows_of_records(self, number: int, records: NDArray[np.integer]) -> I64:
+        """Rows of the split that hold the given examples of shard `number`, ascending."""
+        return np.unique(self.row_start[number] + self.packs[number].rows_of(records))
+
+    @property
+    def padding(self) -> float:
+        """Share of all rows' tokens that is padding."""
+        return 1 - self.num_tokens / max(self.num_rows * self.width, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleDataset(Dataset):
+    """Examples as rows of seq_len + 1 tokens."""
+
+    packing: Packing
+    seq_len: int
+    made: dict[str, ExampleSplit] = field(default_factory=dict, compare=False, repr=False)
+    """Splits that were made already."""
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What a model and a loader need: the manifest's, and the rows' seq_len."""
+        return {**self.manifest.schema, "seq_len": self.seq_len}
+
+    def split(self, name: str) -> ExampleSplit:
+        """The rows of one split; reads the length of every example of it the first time."""
+        if name not in self.made:
+            self.made[name] = self._make(name)
+        return self.made[name]
+
+    def _make(self, name: str) -> ExampleSplit:
+        width = self.seq_len + 1
+        shards = self.manifest.shards_of(name)
+        packs, tokens = [], 0
+        for shard in shards:
+            opened = ExampleShard(self.shard_path(shard))
+            lengths = opened.lengths()
+            opened.close()
+            if len(lengths) != shard.rows or lengths.min() < 1:
+                raise DataRefused(
+                    f"{shard.name} is damaged: it tells of {len(lengths)} examples, the shortest "
+                    f"of {lengths.min(initial=0)} tokens; copy it anew, or run the prep job again"
+                )
+            if lengths.max() > width:
+                longest = int(np.argmax(lengths))
+                raise ConfigError(
+                    f"{int((lengths > width).sum())} examples of {shard.name} are longer than "
+                    f"data.seq_len + 1 = {width} tokens; the longest, row {longest}, has "
+                    f"{lengths[longest]}: set data.seq_len to {self.manifest.schema['max_length']} "
+                    "or more, or write the dataset anew with a smaller max_length, which truncates"
+                )
+            tokens += int(lengths.sum())
+            padded = self.packing == "padded"
+            packs.append(one_a_row(len(lengths)) if padded else pack_best_fit(lengths, width))
+        if tokens != self.manifest.totals[name]["tokens"]:
+            raise DataRefused(
+                f"the shards of {name} tell of {tokens:,} tokens, the manifest of "
+                f"{self.manifest.totals[name]['tokens']:,}: one is damaged (leyden data verify)"
+            )
+        row_start = np.concatenate(([0], np.cumsum([pack.num_rows for pack in packs])))
+        return ExampleSplit(
+            name=name, shards=shards, row_start=row_start.astype(np.int64), packs=tuple(packs),
+            width=width, num_tokens=tokens,
+        )  # fmt: skip
+
+    def describe(self, name: str) -> str:
+        """A split's rows in one line, with what padding costs."""
+        split = self.split(name)
+        return (
+            f"{name}: {self.manifest.totals[name]['rows']:,} examples, {self.packing} into "
+            f"{split.num_rows:,} rows of {self.seq_len} + 1 tokens, {split.padding:.2%} padding"
+        )
+
+
+def as_rows(dataset: Dataset, packing: str = "packed", seq_len: int = 0) -> Dataset:
+    """The dataset as rows to train on: examples are packed or padded, packed tokens stay.
+
+    seq_len 0 is the dataset's own (of examples: max_length). Raises ConfigError for settings that
+    do not fit the kind.
+    """
+    schema = dataset.manifest.schema
+    if dataset.manifest.kind != "examples":
+        if packing != "packed" or seq_len not in (0, schema["seq_len"]):
+            raise ConfigError(
+                f"data.packing {packing!r} and data.seq_len {seq_len} are for datasets of "
+                f"examples; {dataset.storage.url} was packed into rows of {schema['seq_len']} "
+                "tokens when it was written: leave them out"
+            )
+        return dataset
+    if packing not in ("packed", "padded"):
+        raise ConfigError(f"data.packing {packing!r} is not packed or padded")
+    if isinstance(dataset, MixedDataset):
+        return mix(dataset.names, [as_rows(part, packing, seq_len) for part in dataset.parts])
+    if seq_len < 0:
+        raise ConfigError(f"data.seq_len is {seq_len}; give 0 (as long as the examples) or more")
+    return ExampleDataset(
+        storage=dataset.storage, manifest=dataset.manifest, data_digest=dataset.data_digest,
+        cache_config=dataset.cache_config,
+        packing="padded" if packing == "padded" else "packed",
+        seq_len=seq_len or int(schema["max_length"]),
+    )  # fmt: skip
+
+
+def rows_as_trained(dataset: Dataset, config: dict[str, Any]) -> Dataset:
+    """The dataset as a run with this resolved config (run.json's) trains on it.
+
+    A dataset of another kind than the run's is taken as it is.
+    """
+    if dataset.manifest.kind != "examples":
+        return dataset
+    data = config.get("data") or {}
+    return as_rows(dataset, data.get("packing") or "packed", int(data.get("seq_len") or 0))
