@@ -2,13 +2,14 @@
 
     python -m benchmarks.plan_memory --data DATASET [--config tiny] [--device h100]
 
-One rank, three steps; on a GPU the peak is torch.cuda.max_memory_allocated, on a CPU the peak of
+One rank, four steps; on a GPU the peak is torch.cuda.max_memory_allocated, on a CPU the peak of
 what the profiler sees allocated. Prints the plan, the measurement and the ratio.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
 import multiprocessing
 import tempfile
@@ -17,8 +18,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-STEP_END = "leyden step end"
+STEP = "leyden optimizer step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Measured:
     """Bytes of one rank of a real run."""
 
     peak: int
-    """Most tensor memory at once, up to the end of the last optimizer step."""
+    """Most tensor memory at once in a step."""
     parameters: int
     optimizer: int
 
@@ -38,7 +40,7 @@ def measure(config: Any) -> Measured:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from dist.ranks import Ranks
-    from recipes.pretrain import run
+    from recipes.pretrain import Pretrain, run
 
     held = {"parameters": 0, "optimizer": 0, "cuda": 0}
 
@@ -47,16 +49,22 @@ def measure(config: Any) -> Measured:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         held["parameters"] = sum(map(_local_bytes, parameters))
         held["optimizer"] = sum(_local_bytes(one) for one in states if torch.is_tensor(one))
-        with record_function(STEP_END):
-            pass
         if torch.cuda.is_available():
             held["cuda"] = torch.cuda.max_memory_allocated()
 
+    def marked(module: Any, optimizer: Any) -> None:
+        with record_function(STEP):
+            pass
+        before(module, optimizer)
+
+    before = Pretrain.on_before_optimizer_step
     handle = register_optimizer_step_post_hook(look)
-    config = replace(config, max_steps=3, save_every_steps=0, async_save=False, val_rows=1)
+    config = replace(config, max_steps=4, save_every_steps=0, async_save=False, val_rows=1)
     activities = [torch.profiler.ProfilerActivity.CPU]
     profiler = torch.profiler.profile(activities=activities, profile_memory=True)
-    with profiler as profile, ExitStack() as stack:
+    # Not the hook above: DeepSpeed's optimizers step once a group.
+    patched = patch.object(Pretrain, "on_before_optimizer_step", marked)
+    with profiler as profile, ExitStack() as stack, patched:
         run(config, Ranks.from_environment(), stack)
     handle.remove()
     peak = held["cuda"] or _profiled_peak(profile)
@@ -69,19 +77,80 @@ def _local_bytes(tensor: Any) -> int:
 
 
 def _profiled_peak(profile: Any) -> int:
-    """Largest running sum of the CPU allocator's events before the last step's end."""
-    events = list(profile.profiler.kineto_results.events())
-    end_ns = max(event.start_ns() for event in events if event.name() == STEP_END)
-    memory = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in events
-        if event.name() == "[memory]" and event.start_ns() < end_ns
-    )
-    total = peak = 0
-    for _, change in memory:
+    """Most bytes at once of the CPU allocator from one optimizer step to the next, the least of
+    those between the first and the last.
+
+    The profiler sees the frees of this thread only. A tensor that goes through a collective is
+    now and then freed by a thread of gloo instead, which lets go of its work a moment after the
+    collective has ended; summed up blindly such bytes would stay for ever, some more in each step.
+    So memory whose address is given out again was free, and what a collective has allocated
+    itself, or what no free is seen of, counts to the end of the first collective after it.
+    """
+    made, freed, collectives, steps = _events(profile)
+    changes: list[tuple[int, int]] = []
+    live: dict[int, tuple[int, int, bool]] = {}  # address -> start, size, by a collective
+
+    def close(address: int, at: int) -> None:
+        start, size, _ = live.pop(address)
+        changes.extend(((start, size), (at, -size)))
+
+    for at, address, size, inside in sorted(made + freed):
+        if size < 0:
+            if address in live:
+                close(address, at)
+            continue
+        if address in live:
+            start = live[address][0]
+            close(address, min(at, _first_after(collectives, start)))
+        live[address] = (at, size, inside)
+    for address, (start, _, inside) in list(live.items()):
+        # From the second step on nothing new is kept.
+        unseen = inside or start > steps[1]
+        close(address, _first_after(collectives, start) if unseen else steps[-1] + 1)
+    total, peaks = 0, [0] * len(steps)
+    for at, change in sorted(changes):
         total += change
-        peak = max(peak, total)
-    return peak
+        step = bisect.bisect_left(steps, at)
+        if step < len(steps):
+            peaks[step] = max(peaks[step], total)
+    # What the last step leaves is not seen freed either.
+    return min(peaks[1:-1])
+
+
+def _first_after(collectives: list[tuple[int, int]], start: int) -> int:
+    """When the first collective ends that goes on or begins after `start`, ns."""
+    return min((end for _, end in collectives if end >= start), default=start)
+
+
+Allocation = tuple[int, int, int, bool]
+
+
+def _events(
+    profile: Any,
+) -> tuple[list[Allocation], list[Allocation], list[tuple[int, int]], list[int]]:
+    """Allocations and frees (ns, address, bytes, whether a collective made it), collectives
+    (start and end, ns), and when the optimizer's steps began."""
+    made: list[Allocation] = []
+    freed: list[Allocation] = []
+    collectives: list[tuple[int, int]] = []
+    steps: list[int] = []
+
+    def walk(node: Any, inside: bool) -> None:
+        if node.tag.name == "Allocation":
+            fields = node.extra_fields
+            event = (node.start_time_ns, fields.ptr, fields.alloc_size, inside)
+            (made if fields.alloc_size > 0 else freed).append(event)
+        elif node.name == STEP:
+            steps.append(node.start_time_ns)
+        elif node.name.startswith("c10d::"):
+            collectives.append((node.start_time_ns, node.end_time_ns))
+            inside = True
+        for child in node.children:
+            walk(child, inside)
+
+    for root in profile.profiler.kineto_results.experimental_event_tree():
+        walk(root, False)
+    return made, freed, collectives, sorted(steps)
 
 
 def compare(words: Sequence[str], data: str, device: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from dist.errors import SetupError
 from dist.sharding import ParallelConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+REDUCE_BUCKET = 500_000_000
+"""Elements of the buffer that gradients are reduced in, DeepSpeed's default: 2 GB in fp32."""
+_NOTED: list[dict[nn.Module, list[Tensor]]] = []
 
 
 def zero_config(parallel: ParallelConfig, clip_norm: float) -> dict[str, Any]:
@@ -33,6 +37,7 @@ def zero_config(parallel: ParallelConfig, clip_norm: float) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "contiguous_gradients": True,
+        "reduce_bucket_size": REDUCE_BUCKET,
         "overlap_comm": torch.cuda.is_available(),
     }
     if parallel.offload_optimizer:
@@ -78,9 +83,22 @@ def join_process_group() -> None:
 def gather_with(module: nn.Module, parameter: nn.Parameter) -> None:
     """Under ZeRO-3 gather `parameter` for the forward of `module`, which uses it without calling
     the module that owns it (an output matrix in a fused loss)."""
+    if _NOTED:
+        _NOTED[-1].setdefault(module, []).append(parameter)
+        return
     import deepspeed
 
     deepspeed.zero.register_external_parameter(module, parameter)
+
+
+@contextmanager
+def gathers_noted() -> Iterator[dict[nn.Module, list[Tensor]]]:
+    """For the memory plan: gather_with fills this, and DeepSpeed is not needed."""
+    _NOTED.append({})
+    try:
+        yield _NOTED[-1]
+    finally:
+        _NOTED.pop()
 
 
 def is_zero(optimizer: Any) -> bool:

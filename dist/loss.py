@@ -74,18 +74,35 @@ class _SummedLoss(Function):
                 grad_hidden[here] = torch.mm(grad_CV, weight_VD)
             if grad_weight is not None:
                 grad_weight += torch.mm(grad_CV.t(), h_CD)
-        ctx.weight_dtype = weight_VD.dtype
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
+        return keep_gradients(ctx, total, grad_hidden, grad_weight, weight_VD.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return kept_gradients(ctx, grad)
+
+
+def keep_gradients(
+    ctx: Any, total: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None,
+    weight_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """End a forward that made its own gradients, for `kept_gradients`; returns the loss."""
+    ctx.weight_dtype = weight_dtype
+    ctx.save_for_backward(grad_hidden, grad_weight)
+    return total
+
+
+def kept_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward of such a forward; hidden states and weight are its first two arguments.
+
+    Scaled in place, since a second wide V x D would be the largest tensor of all. A second
+    backward through the same graph is therefore refused, by autograd itself.
+    """
+    grad_hidden, grad_weight = ctx.saved_tensors
+    if grad_hidden is not None:
+        grad_hidden.mul_(grad.to(grad_hidden.dtype))
+    if grad_weight is not None:
+        grad_weight = grad_weight.mul_(grad).to(ctx.weight_dtype)
+    return grad_hidden, grad_weight, *(None for _ in ctx.needs_input_grad[2:])
 
 
 def loss_scale(step_targets: int, num_ranks: int, accumulation: int) -> float:

@@ -23,7 +23,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist.op_cost import Costs
+from dist.op_cost import Costs, num_bytes
 
 PARAMETERS = "parameters"
 OPTIMIZER = "optimizer state"
@@ -32,6 +32,7 @@ ACTIVATIONS = "activations"
 LOSS = "logits and loss"
 BUFFERS = "communication buffers"
 TEMPORARY = "temporaries"
+Hold = Callable[[int], None]
 CATEGORIES = (PARAMETERS, OPTIMIZER, GRADIENTS, ACTIVATIONS, LOSS, BUFFERS, TEMPORARY)
 
 
@@ -83,9 +84,7 @@ class MemoryTrace(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._gloo_copies = gloo_copies
-        """Plan for gloo, which reduces and scatters a clone of its input (ProcessGroupGloo.cpp)
-        and lets go of it about when the next collective begins."""
-        self._copy = (0, 0)  # the clone that lives: storage, bytes
+        """Plan for gloo, which reduces and scatters a clone of its input (ProcessGroupGloo.cpp)."""
         self.phase = "forward"
         self.costs = costs
         self._round_to = round_to
@@ -136,6 +135,18 @@ class MemoryTrace(TorchDispatchMode):
             self._categories[number] = category
             self._entered.add(number)
 
+    def hold(self, category: str) -> Hold:
+        """Memory that no tensor here stands for; call what is returned with its bytes of now."""
+        number, held = len(self._categories), 0
+        self._categories.append(category)
+
+        def resize(size: int) -> None:
+            nonlocal held
+            self._events.append((number, self._rounded(size) - held))
+            held = self._rounded(size)
+
+        return resize
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(one, DTensor) for one in types):
             return NotImplemented  # it comes back as operations on local tensors
@@ -157,10 +168,10 @@ class MemoryTrace(TorchDispatchMode):
         return result
 
     def _guess(self) -> str:
-        if self.phase == "forward":
+        if self.phase.startswith("forward"):
             return ACTIVATIONS
         # A checkpointed block is computed again inside backward, with gradients on.
-        recomputes = self.phase == "backward" and torch.is_grad_enabled()
+        recomputes = self.phase.startswith("backward") and torch.is_grad_enabled()
         return ACTIVATIONS if recomputes else TEMPORARY
 
     def _see_collective(self, func: Any, args: Any, outputs: list[Tensor]) -> None:
@@ -168,23 +179,19 @@ class MemoryTrace(TorchDispatchMode):
         if "copy_out" in func.__name__ or "allreduce" in func.__name__:
             return
         tensors = [one for one in tree_leaves(args) if isinstance(one, Tensor)]
-        if self._gloo_copies and func.namespace == "c10d":
-            self._copy_for_gloo(tensors if "reduce_scatter" in func.__name__ else [])
+        if func.namespace == "c10d" and "reduce_scatter" in func.__name__:
+            self.copy_for_gloo(max(map(num_bytes, tensors), default=0))
         for tensor in (*tensors, *outputs):
             live = self._live.get(tensor.untyped_storage()._cdata)
             if live is not None and live.number not in self._entered:
                 self._categories[live.number] = BUFFERS
 
-    def _copy_for_gloo(self, tensors: list[Tensor]) -> None:
-        number, size = self._copy
-        if size:
-            self._events.append((number, -size))
-            self._copy = (0, 0)
-        if tensors:
-            size = max(one.numel() * one.element_size() for one in tensors)
-            self._copy = (len(self._categories), size)
-            self._categories.append(BUFFERS)
-            self._events.append((self._copy[0], size))
+    def copy_for_gloo(self, size: int) -> None:
+        """A collective, of which gloo's clone of the input takes `size` bytes while it lasts."""
+        if self._gloo_copies and size:
+            clone = self.hold(BUFFERS)
+            clone(size)
+            clone(0)
 
     def _see(self, tensor: Tensor, category: str) -> int:
         storage = tensor.untyped_storage()

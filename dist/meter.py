@@ -18,17 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist.devices import device_of_name
 from dist.errors import ConfigError
 
-# Dense TFLOP/s by a part of the device's name, the longer names first: (bf16, fp32 without TF32).
-# From NVIDIA's data sheets, whose tensor-core figures "with sparsity" are halved.
-PEAK_TFLOPS: dict[str, tuple[float, float]] = {
-    "GH200": (989.0, 67.0), "H200 NVL": (835.0, 60.0), "H200": (989.0, 67.0),
-    "H100 NVL": (835.0, 60.0), "H100 PCIe": (756.0, 51.0), "H100": (989.0, 67.0),
-    "A100": (312.0, 19.5), "L40S": (362.0, 91.6), "L4": (121.0, 30.3), "A10G": (70.0, 35.0),
-    "A10": (125.0, 31.2),
-}  # fmt: skip
-PEAK_SOURCE = "NVIDIA's data sheet, dense"
+PEAK_SOURCE = "the maker's data sheet, dense"
 # Shares of a step from which on something other than computing is worth naming.
 DATA_BOUND = 0.05
 COMMUNICATION_BOUND = 0.20
@@ -120,12 +113,16 @@ def device_peak(device: torch.device, dtype: torch.dtype, config: MeterConfig) -
 
 
 def named_peak(name: str, dtype: torch.dtype) -> Peak:
-    """Peak of a GPU by its name; flops 0 if the table lacks it."""
-    for part, (bf16, fp32) in PEAK_TFLOPS.items():
-        if part in name:
-            half = dtype in (torch.bfloat16, torch.float16)
-            return Peak(flops=(bf16 if half else fp32) * 1e12, source=f"{part}: {PEAK_SOURCE}")
-    return Peak(flops=0.0, source=f"no peak known for {name}; set meter.peak_tflops")
+    """Peak of a GPU by its name; flops 0 if the table lacks it, or the type's units."""
+    device = device_of_name(name)
+    if device is None:
+        return Peak(flops=0.0, source=f"no peak known for {name}; set meter.peak_tflops")
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Peak(flops=device.fp32_flops, source=f"{device.name}: {PEAK_SOURCE}")
+    if dtype == torch.bfloat16 and device.half != "bf16":
+        source = f"{device.name} has no bf16 units; set meter.peak_tflops"
+        return Peak(flops=0.0, source=source)
+    return Peak(flops=device.bf16_flops, source=f"{device.name}: {PEAK_SOURCE}")
 
 
 def matmul_flops(dtype: torch.dtype, repeat: int = 5) -> float:

@@ -35,6 +35,8 @@ class Message:
     """The whole tensor: what all ranks of the group hold together of it."""
     ranks: int
     """Size of its group."""
+    waited_for: bool = False
+    """Whether nothing else is computed meanwhile: tensor parallelism's, within each layer."""
 
 
 class Costs:
@@ -44,6 +46,8 @@ class Costs:
         self.phase = "forward"
         self.ops: dict[str, list[Op]] = {}
         self.messages: dict[str, list[Message]] = {}
+        self.waited_for: set[str] = set()
+        """Names of the process groups whose messages hold up computing."""
 
     def flops(self) -> int:
         """Of all phases."""
@@ -58,8 +62,8 @@ class Costs:
         inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         outputs = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
         known = {id(one) for one in inputs}
-        moved = sum(map(_num_bytes, inputs))
-        moved += sum(_num_bytes(one) for one in outputs if id(one) not in known)
+        moved = sum(map(num_bytes, inputs))
+        moved += sum(num_bytes(one) for one in outputs if id(one) not in known)
         flops = _flops(func, args, kwargs, result)
         if flops or moved:
             half = any(one.is_floating_point() and one.element_size() == 2 for one in inputs)
@@ -72,8 +76,12 @@ class Costs:
         if not kind or not tensors:
             return
         # A gather's output and a scatter's input are the whole; both are the largest tensor.
-        size = max(map(_num_bytes, tensors))
-        message = Message(kind=kind, bytes=size, ranks=_group_size(args))
+        size = max(map(num_bytes, tensors))
+        group = _group_of(args)
+        message = Message(
+            kind=kind, bytes=size, ranks=group.size(),
+            waited_for=group.group_name in self.waited_for,
+        )  # fmt: skip
         self.messages.setdefault(self.phase, []).append(message)
 
 
@@ -88,20 +96,21 @@ def _kind(name: str) -> str:
     return "" if "wait" in plain or "barrier" in plain else "other"
 
 
-def _group_size(args: Any) -> int:
-    """Ranks of the process group among a collective's arguments, of which it is the last word."""
+def _group_of(args: Any) -> torch.distributed.ProcessGroup:
+    """The process group among a collective's arguments, of which it is the last word."""
     for one in reversed(args):
         if isinstance(one, str):
-            return torch.distributed.distributed_c10d._resolve_process_group(one).size()
+            return torch.distributed.distributed_c10d._resolve_process_group(one)
         if isinstance(one, torch.ScriptObject):
             try:
-                return torch.distributed.ProcessGroup.unbox(one).size()
+                return torch.distributed.ProcessGroup.unbox(one)
             except (RuntimeError, TypeError):
                 continue  # a reduce operation
-    return torch.distributed.get_world_size()
+    return torch.distributed.group.WORLD
 
 
-def _num_bytes(tensor: Tensor) -> int:
+def num_bytes(tensor: Tensor) -> int:
+    """Of its elements."""
     return tensor.numel() * tensor.element_size()
 
 

@@ -61,6 +61,7 @@ def case_record(case: Case, max_steps: int) -> dict[str, Any]:
         "precision": plan.precision.name,
         "micro_batches": plan.num_micro,
         "checkpoint_bytes": plan.state_bytes,
+        "host_bytes": plan.host_bytes,
         "step_s": time.seconds,
         "compute_s": time.compute_s,
         "communication_s": time.communication_s,
@@ -94,6 +95,11 @@ def case_text(case: Case, title: str, max_steps: int) -> str:
         f"  {'needed':<24} {case.needed_gib:9.2f} GiB of {device.memory_gib:.1f} GiB: "
         f"{'fits' if case.fits else 'DOES NOT FIT'}",
         f"  {'checkpoint, host memory':<24} {size_text(plan.state_bytes)}",
+        *(
+            [f"  {'optimizer, host memory':<24} {size_text(plan.host_bytes)}"]
+            if plan.host_bytes
+            else []
+        ),
         "",
         "time of one step (an estimate)",
         f"  {'step':<24} {time.seconds:9.3f} s",
@@ -130,7 +136,7 @@ def table(cases: list[Case], *, changes: bool = True) -> str:
 def heading(*, changes: bool) -> str:
     """Of `line`."""
     head = (
-        f"{'ranks':>6}  {'strategy':<9} {'micro':>5}  {'ckpt':<5} {'needed GiB':>10}  "
+        f"{'ranks':>6}  {'strategy':<16} {'micro':>5}  {'ckpt':<5} {'needed GiB':>10}  "
         f"{'fits':<5} {'step s':>9} {'tokens/s':>12}"
     )
     return head + ("  change" if changes else "")
@@ -139,7 +145,7 @@ def heading(*, changes: bool) -> str:
 def line(case: Case, *, changes: bool) -> str:
     """One configuration."""
     row = (
-        f"{case.ranks:>6}  {case.strategy:<9} {case.micro_batch:>5}  {case.checkpointing:<5} "
+        f"{case.ranks:>6}  {case.strategy:<16} {case.micro_batch:>5}  {case.checkpointing:<5} "
         f"{case.needed_gib:>10.2f}  {'yes' if case.fits else 'no':<5} {case.time.seconds:>9.3f} "
         f"{case.time.tokens_per_s:>12,.0f}"
     )

@@ -33,6 +33,11 @@ from dist.precision import Precision
 from dist.ranks import Ranks
 
 StrategyName = Literal["ddp", "fsdp", "hsdp", "tp", "deepspeed"]
+_NO_SHARDS = (
+    "parallel.reduce_each micro_batch with strategy {strategy}: it saves memory only where FSDP2 "
+    "holds shards of gradients (ddp and tp hold whole ones, ZeRO-2 and 3 reduce every micro-batch "
+    "anyway); leave it out, or use fsdp or hsdp"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,9 @@ class ParallelConfig:
     """deepspeed: what is sharded. 1: optimizer state; 2: gradients too; 3: parameters too."""
     offload_optimizer: bool = False
     """deepspeed: optimizer state in the host's memory."""
+    reduce_each: Literal["step", "micro_batch"] = "step"
+    """fsdp, hsdp: when gradients go to their shards. step: once, so a rank holds whole fp32
+    gradients between micro-batches; micro_batch: each time, so it never does."""
     start_timeout_s: float = 1800.0
     """How long ranks wait for each other until the first step has ended."""
     step_timeout_s: float = 600.0
@@ -84,6 +92,12 @@ class ParallelConfig:
             raise ConfigError(
                 f"parallel.offload_optimizer with strategy {self.strategy}; only deepspeed has it"
             )
+        if self.reduce_each not in ("step", "micro_batch"):
+            raise ConfigError(
+                f"parallel.reduce_each is {self.reduce_each!r}; it must be step or micro_batch"
+            )
+        if self.reduce_each == "micro_batch" and not self.policy_owns_dtypes:
+            raise ConfigError(_NO_SHARDS.format(strategy=self.strategy))
 
     @property
     def policy_owns_dtypes(self) -> bool:
@@ -159,20 +173,30 @@ def ddp_options() -> dict[str, Any]:
 
 
 @contextmanager
-def without_gradient_sync(root: nn.Module) -> Iterator[None]:
-    """Gradients stay on this rank: for all micro-batches of an accumulation but the last."""
+def without_gradient_sync(root: nn.Module, reduce_each: str = "step") -> Iterator[None]:
+    """Gradients stay on this rank: for all micro-batches of an accumulation but the last.
+
+    With `reduce_each` micro_batch FSDP2 adds them to its shards each time; those of replicas
+    (hsdp) are still averaged once.
+    """
     if isinstance(root, DistributedDataParallel):
         with root.no_sync():
             yield
         return
     sharded = [module for module in root.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.set_requires_gradient_sync(False, recurse=False)
+
+    def set_sync(on: bool) -> None:
+        for module in sharded:
+            if reduce_each == "micro_batch":
+                module.set_requires_all_reduce(on, recurse=False)
+            else:
+                module.set_requires_gradient_sync(on, recurse=False)
+
+    set_sync(False)
     try:
         yield
     finally:
-        for module in sharded:
-            module.set_requires_gradient_sync(True, recurse=False)
+        set_sync(True)
 
 
 @torch.no_grad()

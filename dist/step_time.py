@@ -23,7 +23,8 @@ ASSUMPTIONS = (
     f"matrix work runs at {MATMUL_SHARE:.0%} of the peak, other work at {MEMORY_SHARE:.0%} of the "
     f"memory's bandwidth, links at {LINK_SHARE:.0%}",
     f"an operation on a GPU takes at least {KERNEL_S * 1e6:.0f} us (eager, no torch.compile)",
-    "collectives are rings over all links of a node and overlap with forward and backward fully, "
+    "collectives are rings over all links of a node and overlap with forward and backward fully "
+    "(tensor parallelism's and those between replicas of tp not at all), "
     f"{NETWORK_HOP_S * 1e6:.0f} us a hop between nodes",
     "rows are full, one document each: attention at its longest; no wait for data, validation or "
     "checkpoints",
@@ -38,7 +39,7 @@ class StepTime:
     compute_s: float
     """Of that, what computing alone would take."""
     communication_s: float
-    """What communication alone would take; overlapped with computing."""
+    """What communication alone would take; overlapped with computing but for tp's."""
     flops: float
     """Executed by one rank in a step, recomputation included."""
     tokens_per_s: float
@@ -57,10 +58,15 @@ def step_time(plan: Plan, device: Device) -> StepTime:
         times = plan.num_micro - 1 if "earlier" in phase else 1
         ops = plan.costs.ops.get(phase, [])
         here = sum(op_seconds(op, device) for op in ops)
-        sent = sum(message_seconds(one, device) for one in plan.costs.messages.get(phase, []))
+        messages = plan.costs.messages.get(phase, [])
+        sent = sum(message_seconds(one, device) for one in messages)
+        overlaps = phase.startswith(("forward", "backward"))
+        waited = sum(
+            message_seconds(one, device) for one in messages if one.waited_for or not overlaps
+        )
         compute += times * here
         communication += times * sent
-        total += times * (here + sent if phase == "optimizer" else max(here, sent))
+        total += times * (waited + max(here, sent - waited))
         flops += times * sum(op.flops for op in ops)
     peak = device.bf16_flops if plan.precision.name == "bf16-mixed" else device.fp32_flops
     return StepTime(

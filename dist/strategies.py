@@ -76,10 +76,11 @@ class MeshStrategy(ModelParallelStrategy):
     """FSDP2, HSDP, tensor parallelism and their product, on CPU/gloo and CUDA/NCCL. The module
     shards itself in configure_model, by dist.sharding on `self.device_mesh`."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, reduce_each: str = "step") -> None:
         # Both sizes: the defaults are dp = nodes, tp = all devices, which is no FSDP at all.
         super().__init__(data_parallel_size=layout.dp_size, tensor_parallel_size=layout.tp)
         self._layout = layout
+        self._reduce_each = reduce_each
         self._syncs = True
 
     def setup_environment(self) -> None:
@@ -94,7 +95,7 @@ class MeshStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         self._syncs = False
         try:
-            with without_gradient_sync(self.lightning_module):
+            with without_gradient_sync(self.lightning_module, self._reduce_each):
                 yield
         finally:
             self._syncs = True
@@ -189,7 +190,9 @@ def make_strategy(parallel: ParallelConfig, layout: Layout, *, clip_norm: float 
         return DdpStrategy()
     if parallel.strategy == "deepspeed":
         return ZeroStrategy(parallel, clip_norm)
-    return TensorParallelStrategy(layout) if parallel.strategy == "tp" else MeshStrategy(layout)
+    if parallel.strategy == "tp":
+        return TensorParallelStrategy(layout)
+    return MeshStrategy(layout, parallel.reduce_each)
 
 
 class StepTimeout(Callback):

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from dist.errors import ConfigError
-from dist.loss import chunk_tokens
+from dist.loss import chunk_tokens, keep_gradients, kept_gradients
 
 
 def check_divides(tp: int, sizes: dict[str, int]) -> None:
@@ -134,15 +134,8 @@ class _VocabParallelLoss(Function):
                 grad_weight += torch.mm(grad_Cv.t(), h_CD)
         if grad_hidden is not None:
             torch.distributed.all_reduce(grad_hidden, group=group)
-        ctx.weight_dtype = weight_vD.dtype
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
+        return keep_gradients(ctx, total, grad_hidden, grad_weight, weight_vD.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return kept_gradients(ctx, grad)

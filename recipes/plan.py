@@ -14,6 +14,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from dist.devices import Device, find_device
 from dist.errors import ConfigError, run_main
 from dist.examples import as_rows
 from dist.local_device import cpu_device
-from dist.memory_plan import MAX_RANKS, PLANNED_STRATEGIES, Request, plan
+from dist.memory_plan import MAX_RANKS, Request, plan
 from dist.memory_trace import GRADIENTS
 from dist.plan_text import GIB, Case, case_record, case_text, heading, line
 from dist.step_time import step_time
@@ -62,8 +63,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or a path of a .py file")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks in all (1)")
     parser.add_argument("--device", default="h100", metavar="NAME",
-                        help="h100, h200, a100-80, a100-40, b200, l40s, rtx4090, or cpu, which is "
-                        "measured here (h100)")  # fmt: skip
+                        help="h100, h200, a100-80, b200, l40s, ... (dist/devices.py), or cpu, "
+                        "which is measured here (h100)")  # fmt: skip
     parser.add_argument("--memory-gib", type=float, default=0.0, metavar="X",
                         help="memory of a device, instead of the table's")  # fmt: skip
     parser.add_argument("--ranks-per-node", type=int, default=0, metavar="N",
@@ -138,9 +139,9 @@ def schema_of(data: Any, vocab_size: int, seq_len: int) -> dict[str, Any]:
 
 
 def case_of(asked: Asked, *, name: str = "", ranks: int = 0, **changes: Any) -> Case:
-    """Plan one configuration; `changes` are keys of the config, strategy among them."""
-    strategy = changes.pop("strategy", asked.config.parallel.strategy)
-    parallel = replace(asked.config.parallel, strategy=strategy)
+    """Plan one configuration; `changes` are keys of the config or of its `parallel`."""
+    inner = {key: changes.pop(key) for key in list(changes) if hasattr(asked.config.parallel, key)}
+    parallel = replace(asked.config.parallel, **inner)
     config = replace(asked.config, parallel=parallel, **changes)
     request = Request(
         make_module=asked.recipe.module_to_plan,  # type: ignore[attr-defined]
@@ -153,7 +154,7 @@ def case_of(asked: Asked, *, name: str = "", ranks: int = 0, **changes: Any) -> 
     return Case(
         name=name,
         ranks=request.num_ranks,
-        strategy=strategy,
+        strategy=str(parallel),
         micro_batch=config.micro_batch,
         checkpointing=config.activation_checkpointing,
         device=asked.device,
@@ -167,33 +168,34 @@ def what_would_fit(asked: Asked, first: Case) -> Iterator[Case]:
     changes: dict[str, Any] = {}
     said: list[str] = []
 
-    def tried(word: str, **change: Any) -> Case:
-        said.append(word)
+    def tried(change: dict[str, Any]) -> Case | None:
+        trial = {**changes, **change}
+        words = " ".join(f"--{_key(asked.config, name)} {_value(v)}" for name, v in change.items())
+        try:
+            case = case_of(asked, name=", ".join([*said, words]), **trial)
+        except ConfigError:  # tp does not divide the model, say
+            return None
+        said.append(words)
         changes.update(change)
-        return case_of(asked, name=", ".join(said), **changes)
+        return case
 
-    case = first
+    last = first
     smaller = next_micro_batch(asked.config, first)
     if smaller:
         alone = case_of(asked, name=f"--micro_batch {smaller}", micro_batch=smaller)
         if alone.fits:
             yield alone
-    if asked.config.activation_checkpointing != "full":
-        case = tried("--activation_checkpointing full", activation_checkpointing="full")
-        if case.fits:
+    for change in steps_down(asked, first):
+        if "tp" in changes:
+            break
+        case = tried(change)
+        last = case or last
+        if case is not None and case.fits:
             yield case
-    if smaller:
-        case = tried("--micro_batch 1", micro_batch=1)
-        if case.fits:
-            yield case
-    if asked.config.parallel.strategy == "ddp" and asked.ranks > 1:
-        case = tried("--parallel.strategy fsdp", strategy="fsdp")
-        if case.fits:
-            yield case
-    elif asked.config.parallel.strategy == "ddp":
+    if asked.config.parallel.strategy == "ddp" and asked.ranks == 1:
         said.append("--parallel.strategy fsdp")
         changes["strategy"] = "fsdp"
-    ranks, last = asked.ranks, case
+    ranks = asked.ranks
     while ranks < MAX_RANKS:
         ranks = 1 << ranks.bit_length()
         if not might_fit(last, ranks):
@@ -202,6 +204,43 @@ def what_would_fit(asked: Asked, first: Case) -> Iterator[Case]:
         if last.fits:
             yield last
             return
+
+
+def steps_down(asked: Asked, first: Case) -> Iterator[dict[str, Any]]:
+    """Changes that need less memory, each on top of those before it."""
+    parallel, ranks = asked.config.parallel, asked.ranks
+    if asked.config.activation_checkpointing != "full":
+        yield {"activation_checkpointing": "full"}
+    if asked.config.micro_batch > 1:
+        yield {"micro_batch": 1}
+    if parallel.strategy == "deepspeed":
+        if parallel.zero_stage < 3 and ranks > 1:
+            yield {"zero_stage": 3}
+        if not parallel.offload_optimizer and asked.device.kind != "cpu":
+            yield {"offload_optimizer": True}
+        return
+    sharded = parallel.strategy == "fsdp"
+    if ranks > 1 and parallel.strategy in ("ddp", "hsdp"):
+        if parallel.strategy == "ddp" and ranks > asked.device.ranks_per_node:
+            yield {"strategy": "hsdp"}
+        yield {"strategy": "fsdp", "replicas": 0}
+        sharded = True
+    # Micro-batches of one row are as many as a rank's rows.
+    accumulates = asked.config.global_batch > first.plan.layout.dp_size
+    if sharded and accumulates and parallel.reduce_each == "step":
+        yield {"reduce_each": "micro_batch"}
+    tp = math.gcd(ranks, asked.device.ranks_per_node)
+    while parallel.strategy != "tp" and parallel.tp <= 1 < tp:
+        yield {"strategy": "fsdp", "tp": tp}  # the first that divides the model's sizes is kept
+        tp //= 2
+
+
+def _key(config: Any, name: str) -> str:
+    return f"parallel.{name}" if hasattr(config.parallel, name) else name
+
+
+def _value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def might_fit(last: Case, ranks: int) -> bool:
@@ -236,13 +275,30 @@ def sweep(asked: Asked) -> Iterator[Case]:
     """micro-batch x checkpointing x strategy, on the ranks asked for."""
     rows = -(-asked.config.global_batch // asked.ranks)
     sizes = [size for size in (1, 2, 4, 8, 16, 32) if size <= rows][:4] or [1]
-    for strategy in PLANNED_STRATEGIES:
+    for parallel in strategies(asked):
         for checkpointing in ("none", "full"):
             for size in sizes:
-                yield case_of(
-                    asked, strategy=strategy, activation_checkpointing=checkpointing,
-                    micro_batch=size,
-                )  # fmt: skip
+                try:
+                    yield case_of(
+                        asked, activation_checkpointing=checkpointing, micro_batch=size, **parallel
+                    )
+                except ConfigError as error:
+                    print(f"left out: {error}", file=sys.stderr)
+                    break
+
+
+def strategies(asked: Asked) -> list[dict[str, Any]]:
+    """Those worth comparing on these ranks, as keys of `parallel`."""
+    none: dict[str, Any] = {
+        "tp": 0, "replicas": 0, "offload_optimizer": False, "reduce_each": "step",
+    }  # fmt: skip
+    found: list[dict[str, Any]] = [{**none, "strategy": "ddp"}, {**none, "strategy": "fsdp"}]
+    if asked.ranks > asked.device.ranks_per_node:
+        found.append({**none, "strategy": "hsdp"})
+    tp = math.gcd(asked.ranks, asked.device.ranks_per_node)
+    if tp > 1:
+        found += [{**none, "strategy": name, "tp": tp} for name in ("tp", "fsdp")]
+    return found + [{**none, "strategy": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3)]
 
 
 def main(words: Sequence[str] | None = None) -> int:

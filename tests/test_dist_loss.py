@@ -79,6 +79,20 @@ def test_chunks_bound_the_logits() -> None:
     assert chunk_tokens(128256, torch.device("cpu")) >= 16
 
 
+def test_backward_makes_no_second_wide_gradient() -> None:
+    """V x D in fp32 is the largest tensor of a step; twice, it decides whether a model fits."""
+    weight = torch.zeros(4000, 64, requires_grad=True)
+    loss = summed_loss(
+        torch.zeros(2, 64, requires_grad=True), weight, torch.zeros(2, dtype=torch.long),
+        torch.ones(2, dtype=torch.bool),
+    )  # fmt: skip
+    with PeakBytes() as tracker:
+        (2.0 * loss).backward()
+    assert weight.grad is not None and tracker.peak < weight.nbytes // 2
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
 # 64 rows of 64 tokens on a vocabulary of 20,000: logits of 328 MB.
 SCHEMA = {"vocab_size": 20_000, "seq_len": 64, "token_dtype": "uint16"}
 LOGITS_BYTES = 64 * 64 * 20_000 * 4

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.plan_memory import measure
 from dist.dataset import open_dataset
+from dist.deepspeed_zero import REDUCE_BUCKET
 from dist.devices import DEVICES, Device, find_device
 from dist.errors import ConfigError
 from dist.memory_plan import Plan, Request, plan
@@ -72,36 +73,50 @@ def planned(
     )  # fmt: skip
 
 
+ZERO_3: dict[str, Any] = {"strategy": "deepspeed", "zero_stage": 3}
+
+
 @pytest.mark.parametrize(
-    ("num_ranks", "strategy", "checkpointing", "global_batch"),
+    ("num_ranks", "parallel", "checkpointing", "global_batch"),
     [
-        (1, "ddp", "none", 4),
-        (2, "ddp", "full", 16),
-        (2, "fsdp", "none", 8),
-        (2, "fsdp", "full", 16),
+        (1, {"strategy": "ddp"}, "none", 4),
+        (2, {"strategy": "ddp"}, "full", 16),
+        (2, {"strategy": "fsdp"}, "none", 8),
+        (2, {"strategy": "fsdp"}, "full", 16),
+        (2, {"strategy": "fsdp", "reduce_each": "micro_batch"}, "full", 16),
+        (2, {"strategy": "tp"}, "none", 8),
+        (2, {"strategy": "deepspeed", "zero_stage": 1}, "none", 16),
+        (2, {"strategy": "deepspeed", "zero_stage": 2}, "none", 16),
+        (2, ZERO_3, "none", 8),
+        (2, ZERO_3, "full", 16),
     ],
 )
 def test_the_plan_is_what_a_run_allocates(
     num_ranks: int,
-    strategy: StrategyName,
+    parallel: dict[str, Any],
     checkpointing: str,
     global_batch: int,
     tmp_path: Path,
 ) -> None:
     """Anything forgotten: a second copy of gradients, buckets, gathered parameters, the loss."""
     data = DataConfig(url=data_url())
-    asked = config(strategy, checkpointing, global_batch=global_batch, data=data)
+    asked = config("fsdp", checkpointing, global_batch=global_batch, data=data)
+    asked = replace(asked, parallel=ParallelConfig(**parallel))
+    zero = parallel["strategy"] == "deepspeed"
+    if parallel == ZERO_3:
+        # Wide enough that ZeRO-3 cuts its matrices: smaller ones stay whole.
+        model = replace(asked.model, hidden_size=384, intermediate_size=800)
+        asked = replace(asked, model=model)
     real = run_ranks(measure, num_ranks, 120, replace(asked, run=str(tmp_path / "run")))
     made = planned(asked, num_ranks, schema=open_dataset(data_url()).manifest.schema)
     held = made.peak.categories
-    within = 0.03 if num_ranks == 1 else 0.10
-    # On CPU, gloo's threads free their copies of gradients sooner or later: runs of two ranks
-    # were seen one set of gradients below the plan (ddp), and two above it (fsdp).
-    timing = {"ddp": 1, "fsdp": 2}[strategy] * 4 * made.num_params * (num_ranks > 1)
+    # DeepSpeed's bucket, 2 GB whatever the model, would hide all else.
+    bucket = 4 * REDUCE_BUCKET if zero else 0
     for one in real:
-        assert abs(made.peak.total - one.peak) <= within * one.peak + timing
-        assert held[PARAMETERS] == pytest.approx(one.parameters, rel=0.01)
-        assert held[OPTIMIZER] == pytest.approx(one.optimizer, rel=0.01)
+        assert made.peak.total - bucket == pytest.approx(one.peak - bucket, rel=0.10)
+        if not zero:  # its optimizer holds one group at a time
+            assert held[PARAMETERS] == pytest.approx(one.parameters, rel=0.01)
+            assert held[OPTIMIZER] == pytest.approx(one.optimizer, rel=0.01)
 
 
 def test_shards_of_all_ranks_make_the_model() -> None:
@@ -248,11 +263,13 @@ def test_a_step_of_many_micro_batches_costs_them_all() -> None:
 
 
 def test_what_is_not_planned_is_refused() -> None:
-    """A plan of another strategy than the one asked for."""
-    odd = config()
-    object.__setattr__(odd.parallel, "strategy", "deepspeed")
-    with pytest.raises(ConfigError, match="deepspeed is not planned yet"):
-        planned(odd)
+    """A plan of a layout that no run would have."""
+    odd = replace(config(), parallel=ParallelConfig(strategy="tp", tp=3))
+    with pytest.raises(ConfigError, match="tp 3 does not divide 4 ranks"):
+        planned(odd, 4)
+    auto = replace(config(), micro_batch="auto")
+    with pytest.raises(ConfigError, match="micro_batch auto"):
+        planned(auto)
     with pytest.raises(ConfigError, match="1 to 4096"):
         planned(config(), 5000)
     with pytest.raises(ConfigError, match="did you mean 'h100'"):

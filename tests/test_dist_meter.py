@@ -74,11 +74,21 @@ def test_flops_are_those_that_torch_counts(tied: bool) -> None:
 def test_peaks_are_found_by_name_and_unknown_ones_are_said() -> None:
     """An H100 PCIe divided by the SXM's peak reads a quarter too low; a guess for an unknown
     device is a made-up number."""
-    sxm = named_peak("NVIDIA H100 80GB HBM3", torch.bfloat16)
-    assert sxm.flops == 989e12 and "H100" in sxm.source
-    assert named_peak("NVIDIA H100 PCIe", torch.bfloat16).flops == 756e12
+    names = {
+        "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4, "NVIDIA H100 PCIe": 756,
+        "NVIDIA H100 NVL": 835.5, "NVIDIA GH200 480GB": 989.4, "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA A100-PCIE-40GB": 312, "NVIDIA A100-SXM4-40GB": 312, "NVIDIA B200": 2250,
+        "NVIDIA L40S": 362.05, "NVIDIA L4": 121, "NVIDIA A10G": 70, "NVIDIA A10": 125,
+        "AMD Instinct MI300X": 1307.4, "NVIDIA GeForce RTX 4090": 165.2,
+    }  # fmt: skip
+    for name, tflops in names.items():
+        assert named_peak(name, torch.bfloat16).flops == pytest.approx(tflops * 1e12), name
+    assert "h100" in named_peak("NVIDIA H100 80GB HBM3", torch.bfloat16).source
     assert named_peak("NVIDIA A100-SXM4-80GB", torch.float32).flops == 19.5e12
-    assert named_peak("NVIDIA L40S", torch.bfloat16).flops == 362e12
+    # These have fp16 units and none for bf16, which runs at a fraction that no sheet gives.
+    for name, tflops in {"Tesla V100-SXM2-32GB": 125, "Tesla T4": 65}.items():
+        assert named_peak(name, torch.float16).flops == tflops * 1e12
+        assert named_peak(name, torch.bfloat16).flops == 0
     unknown = named_peak("Some GPU", torch.bfloat16)
     assert unknown.flops == 0 and "meter.peak_tflops" in unknown.source
     assert mfu(1.0, 1.0, unknown, 1) is None

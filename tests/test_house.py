@@ -60,6 +60,7 @@ FLOORS: dict[int, set[str]] = {
         *{"export_hf", "guard", "initialise", "loader", "loss", "mesh", "meter", "optim"},
         *{"precision", "profiling", "randomness", "sharding", "start", "training_step", "watchdog"},
         *{"local_device", "memory_plan", "memory_trace", "op_cost", "plan_text", "pretend"},
+        *{"plan_step", "pretend_gather", "pretend_zero"},
         *{"step_time"},
         *{"compile", "gradient_scaler", "lora", "micro_batch", "stochastic_adamw"},
         *{"communication", "compile", "gradient_scaler", "micro_batch", "stochastic_adamw"},
