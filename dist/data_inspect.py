@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from dist.dataset import Dataset, open_dataset
 from dist.documents import Joiner, rows_of_batch, used_tokens
-from dist.errors import LeydenError, SetupError
+from dist.errors import LeydenError
+from dist.example_file import ExampleShard
+from dist.examples import as_rows
 from dist.lineage import input_paths
-from dist.shard_file import PackedShard
 from dist.tokenizer import TextTokenizer
 
 SCAN_ROWS = 20_000
@@ -117,20 +118,15 @@ def parent_chain(provenance: dict[str, Any]) -> list[dict[str, Any]]:
 
 def unread(dataset: Dataset) -> str:
     """Why the rows of a dataset are not read here; '' if they are."""
-    if dataset.manifest.kind != "packed_tokens":
-        return (
-            f"rows of the kind {dataset.manifest.kind!r} are not decoded by inspect; the shards "
-            "open in pandas, polars, DuckDB and Hugging Face datasets"
-        )
-    try:
-        dataset.shard_path(dataset.manifest.shards[0])
-    except SetupError:
+    if dataset.is_remote:
         return "the dataset is remote: rows are not read; copy it to a disk to see samples"
     return ""
 
 
 def scan(dataset: Dataset, max_rows: int = SCAN_ROWS) -> Scan:
     """Count tokens, padding and document lengths in about `max_rows` rows."""
+    if dataset.manifest.kind == "examples":
+        return _scan_examples(dataset, max_rows)
     schema = dataset.manifest.schema
     counts = np.zeros(schema["vocab_size"], np.int64)
     total = sum(one["rows"] for one in dataset.manifest.totals.values())
@@ -161,6 +157,26 @@ def scan(dataset: Dataset, max_rows: int = SCAN_ROWS) -> Scan:
     return Scan(
         rows=rows_read, of_rows=total, padding=padding, counts=counts,
         document_lengths=np.concatenate(lengths),
+    )  # fmt: skip
+
+
+def _scan_examples(dataset: Dataset, max_rows: int) -> Scan:
+    """Each example is a document; what padding there is a run decides (data.packing)."""
+    counts = np.zeros(dataset.manifest.schema["vocab_size"], np.int64)
+    shards = dataset.manifest.shards
+    total = sum(shard.rows for shard in shards)
+    lengths = []
+    for shard in shards:
+        opened = ExampleShard(dataset.shard_path(shard))
+        wanted = min(shard.rows, -(-max_rows * shard.rows // total))
+        for example in (np.arange(wanted) * shard.rows // wanted).tolist():
+            tokens = opened.example_tokens(example)
+            counts += np.bincount(tokens, minlength=len(counts))[: len(counts)]
+            lengths.append(len(tokens))
+        opened.close()
+    return Scan(
+        rows=len(lengths), of_rows=total, padding={}, counts=counts,
+        document_lengths=np.array(lengths, np.int64),
     )  # fmt: skip
 
 
@@ -222,12 +238,14 @@ def sample_rows(dataset: Dataset, split: str, num_rows: int) -> list[dict[str, A
         None if dataset.manifest.tokenizer_digest is None
         else TextTokenizer(dataset.read_tokenizer())
     )  # fmt: skip
-    table, paths = dataset.split(split), input_paths(dataset)
+    has_masks = dataset.manifest.kind == "examples"
+    table = as_rows(dataset, "padded" if has_masks else "packed").split(split)
+    paths = input_paths(dataset)
     num_rows = min(num_rows, table.num_rows)
     rows = np.arange(num_rows) * table.num_rows // max(1, num_rows)
     found = []
     for number, index, local in zip(rows.tolist(), *table.locate(rows), strict=True):
-        shard = PackedShard(dataset.shard_path(table.shards[int(index)]))
+        shard = table.open_shard(int(index), dataset.shard_path(table.shards[int(index)]))
         tokens, at, pieces = shard.tokens(int(local), int(local) + 1)[0], 0, []
         for source, offset, length in shard.lineage(int(local)):
             piece = tokens[at : at + length]
@@ -241,6 +259,13 @@ def sample_rows(dataset: Dataset, split: str, num_rows: int) -> list[dict[str, A
                 }  # fmt: skip
             )
             at += length
-        shard.close()
         found.append({"row": number, "pieces": pieces, "padding": len(tokens) - at})
+        if has_masks:
+            ends = shard.trained_runs(int(local)).cumsum().tolist()
+            spans = [(a, b) for a, b in zip(ends[::2], ends[1::2], strict=True) if a < b]
+            trained = [tokens[a:b] for a, b in spans]
+            found[-1]["trained"] = [
+                tokenizer.decode(one) if tokenizer else " ".join(map(str, one)) for one in trained
+            ]
+        shard.close()
     return found

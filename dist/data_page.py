@@ -66,7 +66,8 @@ def _tiles(facts: dict[str, Any], said: dict[str, Any] | None) -> str:
     ]
     tiles.append(("bytes", number(sum(one["bytes"] for one in splits))))
     if said is not None:
-        padding = said["padding_share"].get("train", max(said["padding_share"].values()))
+        shares = said["padding_share"] or {"train": 0.0}  # examples are padded by the run
+        padding = shares.get("train", max(shares.values()))
         tiles.append(("padding", f"{100 * padding:.2f} %"))
     cells = (f'<div class="tile"><b>{v}</b><span>{escape(k)}</span></div>' for k, v in tiles)
     return f'<div class="tiles">{"".join(cells)}</div>'

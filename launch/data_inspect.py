@@ -162,7 +162,7 @@ def _scan_lines(said: dict[str, Any]) -> list[str]:
     what = "all" if said["complete"] else f"{said['rows']:,} of"
     sampled = "" if said["complete"] else ", evenly spaced record batches"
     padding = ", ".join(f"{split} {100 * v:.2f} %" for split, v in said["padding_share"].items())
-    lines = [f"scanned    {what} {said['of_rows']:,} rows{sampled}; padding: {padding}"]
+    lines = [f"scanned    {what} {said['of_rows']:,} rows{sampled}{padding and f'; padding: {padding}'}"]
     quantiles = said["document_length_quantiles"]
     if quantiles:
         text = ", ".join(f"{float(q):.0%} {value:,.0f}" for q, value in quantiles.items())
