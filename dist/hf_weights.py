@@ -8,6 +8,7 @@ tensor of which it needs a part.
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ class HfWeights:
         self.bytes_read = 0
         """Bytes of tensors that were read so far."""
         self._files: dict[str, Any] = {}
-        self._part_of = _parts(folder)
+
+    @cached_property
+    def _part_of(self) -> dict[str, str]:
+        """File of each tensor; read when first asked for, so that a plan needs no weights."""
+        return _parts(self.folder)
 
     @property
     def files(self) -> list[Path]:

@@ -259,9 +259,10 @@ def dora_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
     """(module, parameter of another module that its forward reads) of every DoRA layer: what
     ZeRO-3 must be told to gather."""
     return [
-        (module.lora_magnitude_vector[_NAME], module.base_layer.weight)
-        for module in model.modules()
-        if len(getattr(module, "lora_magnitude_vector", {})) > 0
+        (layer.lora_magnitude_vector[_NAME], other.weight)
+        for layer in model.modules()
+        if len(getattr(layer, "lora_magnitude_vector", {})) > 0
+        for other in (layer.base_layer, layer.lora_A[_NAME], layer.lora_B[_NAME])
     ]
 
 

@@ -173,7 +173,8 @@ class FsdpGradients:
                 unsharded = getattr(one, "_unsharded_param", None)
                 if unsharded is not None and id(unsharded) not in self._hooked:
                     self._hooked.add(id(unsharded))
-                    unsharded.register_post_accumulate_grad_hook(self._full_gradient)
+                    if unsharded.requires_grad:  # a frozen base has no gradients
+                        unsharded.register_post_accumulate_grad_hook(self._full_gradient)
 
     def _full_gradient(self, parameter: Tensor) -> None:
         self._trace.enter([parameter.grad], GRADIENTS)

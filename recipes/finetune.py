@@ -257,6 +257,17 @@ class Finetune(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": by_step}
 
 
+def module_to_plan(config: Config, schema: dict[str, Any], precision: Precision) -> Finetune:
+    """What `leyden plan` takes through one step on pretended ranks; config.json is enough."""
+    guard = Guard(GuardConfig(policy="off"), torch.device("cpu"), world_size=1)
+    base = causal_lm.Base(
+        folder=causal_lm.resolve_base(config.base.path), name=config.base.path, digest=""
+    )
+    return Finetune(
+        config, base, schema["seq_len"], precision, Compile(name="off"), Layout(rank=0), guard
+    )
+
+
 def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
     """Train on this rank of the world; returns the exit code."""
     quiet_lightning()

@@ -23,11 +23,13 @@ from tests.strategy_runs import at_step, losses, tensors
 
 ALL = bool(os.environ.get("LEYDEN_ALL_CELLS"))
 METHODS = ("lora", "dora", "full")
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "one process": {"strategy": "ddp"},
-    "ddp": {"strategy": "ddp"},
-    "fsdp": {"strategy": "fsdp"},
-    "ZeRO-3": {"strategy": "deepspeed", "zero_stage": 3},
+# Name -> (ranks, config).
+STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {"strategy": "ddp"}),
+    "ddp": (2, {"strategy": "ddp"}),
+    "fsdp": (2, {"strategy": "fsdp"}),
+    "ZeRO-3": (2, {"strategy": "deepspeed", "zero_stage": 3}),
+    "hsdp": (4, {"strategy": "hsdp", "replicas": 2}),
 }
 # make test: checkpointing once a strategy and method, in turn; test-all: both for all.
 CELLS = [
@@ -35,8 +37,9 @@ CELLS = [
     for m, method in enumerate(METHODS)
     for s, name in enumerate(STRATEGIES)
     for c, checkpointing in enumerate(("none", "full"))
-    if ALL or (m + s) % 2 == c
+    if ALL or ((m + s) % 2 == c and (name != "hsdp" or method == "lora"))
 ]
+CELLS += [("lora", "one process", "compiled")] * ALL
 REFERENCE = "one process", "none"
 
 
@@ -55,13 +58,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(place: Path) -> Path:
     """All cells: trained, and gone on with from step 3 of a copy."""
-    worlds: dict[int, list[Any]] = {1: [], 2: []}
+    worlds: dict[int, list[Any]] = {1: [], 2: [], 4: []}
     for cell in dict.fromkeys([*((m, *REFERENCE) for m in METHODS), *CELLS]):
         method, name, checkpointing = cell
-        ranks = 1 if name == "one process" else 2
+        ranks, parallel = STRATEGIES[name]
+        compiled = checkpointing == "compiled"
         changes = {
-            "lora": {"method": method}, "parallel": STRATEGIES[name],
-            "activation_checkpointing": checkpointing, "micro_batch": 4 // ranks,
+            "lora": {"method": method}, "parallel": parallel, "micro_batch": 4 // ranks,
+            "activation_checkpointing": "none" if compiled else checkpointing,
+            "compile": "blocks" if compiled else "off",
         }  # fmt: skip
         folder = folder_of(place, *cell)
         worlds[ranks].append((str(folder), "", changes))
