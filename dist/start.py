@@ -119,9 +119,7 @@ def start_run(
     identity = run.read_run()
     if identity is not None:
         _switch(run, identity, str(getattr(config, "switch_data", None) or ""))
-    dataset = as_rows(
-        _open_data(run, identity, config), config.data.packing, config.data.seq_len
-    )
+    dataset = as_rows(_open_data(run, identity, config), config.data.packing, config.data.seq_len)
     for source in dataset.sources:
         source.manifest.shards_of("train")
         check_presence(source)

@@ -37,6 +37,18 @@ from dist.watchdog import Watchdog
 
 Config = TypeVar("Config")
 
+# What a run may change when it goes on; anything else would make it another run. A dataset may
+# move: its digest decides.
+MAY_CHANGE = (
+    # The order is frozen in its own way: `auto` may mean what the run has.
+    "data.url", "data.verify", "data.cache_dir", "data.cache_gb", "data.order", "data.lanes",
+    "data.window", "data.sources", "data.stages",
+    "switch_data", "parallel", "activation_checkpointing", "micro_batch", "compile",
+    "max_steps", "max_epochs", "val_every_steps", "val_rows",
+    "save_every_steps", "log_every_steps", "guard", "meter", "watchdog", "log", "profile", "keep",
+    "keep_best", "async_save", "max_failed_saves", "run", "run_root",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Numeric:

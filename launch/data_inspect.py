@@ -162,7 +162,8 @@ def _scan_lines(said: dict[str, Any]) -> list[str]:
     what = "all" if said["complete"] else f"{said['rows']:,} of"
     sampled = "" if said["complete"] else ", evenly spaced record batches"
     padding = ", ".join(f"{split} {100 * v:.2f} %" for split, v in said["padding_share"].items())
-    lines = [f"scanned    {what} {said['of_rows']:,} rows{sampled}{padding and f'; padding: {padding}'}"]
+    padding = f"; padding: {padding}" if padding else ""
+    lines = [f"scanned    {what} {said['of_rows']:,} rows{sampled}{padding}"]
     quantiles = said["document_length_quantiles"]
     if quantiles:
         text = ", ".join(f"{float(q):.0%} {value:,.0f}" for q, value in quantiles.items())
@@ -190,6 +191,8 @@ def _sample_lines(split: str, row: dict[str, Any]) -> list[str]:
         lines += ["  | " + _safe(line) for line in text.splitlines()[:12]]
         if len(piece["text"]) > len(text):
             lines.append("  | ...")
+    for text in row.get("trained", []):
+        lines.append(f"  trained: {_safe(text[:SAMPLE_CHARACTERS])}")
     if len(pieces) > _SHOWN_PIECES:
         lines.append(f"  +- and {len(pieces) - _SHOWN_PIECES} more")
     return lines

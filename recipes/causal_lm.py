@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from torch import nn
 
 from dist.attention import PACKED_ATTENTION, register_packed_attention
 from dist.dataset import Dataset
@@ -18,10 +16,10 @@ from dist.errors import ConfigError, DataRefused, SetupError
 from dist.hf_weights import HfWeights
 from dist.mesh import on_rank_zero
 from dist.progress import Progress
-from recipes.llama import PackedLlama, compile_model, set_precision
+from recipes.llama import PackedDecoder, blocks, compile_model, set_precision
 
 __all__ = [
-    "Base", "BaseConfig", "PackedCausalLM", "blocks", "build", "check_data", "compile_model",
+    "Base", "BaseConfig", "PackedDecoder", "blocks", "build", "check_data", "compile_model",
     "find_base", "hf_config", "open_base", "resolve_base", "set_precision",
 ]  # fmt: skip
 
@@ -55,18 +53,6 @@ class Base:
     """Of config.json's model and of every byte of its weights, hex."""
 
 
-class PackedCausalLM(PackedLlama):
-    """The root that is sharded, around any model of MODEL_TYPES; its forward is a loss sum."""
-
-    def __init__(self, model: nn.Module) -> None:
-        nn.Module.__init__(self)
-        register_packed_attention()
-        self.model: Any = model
-        self._attention_dropout = 0.0
-        self.autocast_dtype: torch.dtype | None = None
-        self.compiled = False
-
-
 def resolve_base(name: str, *, online: bool = True) -> Path:
     """The local folder of a base; a hub id is looked up in the cache first, then downloaded."""
     if not name:
@@ -82,7 +68,7 @@ def resolve_base(name: str, *, online: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    options = {"revision": revision or None, "allow_patterns": _WEIGHT_FILES}
+    options: dict[str, Any] = {"revision": revision or None, "allow_patterns": _WEIGHT_FILES}
     try:
         return Path(snapshot_download(owner, local_files_only=True, **options))
     except (LocalEntryNotFoundError, FileNotFoundError):
@@ -180,7 +166,7 @@ def _core(tokenizer_json: bytes) -> dict[str, Any]:
     return {k: record.get(k) for k in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
 
 
-def build(config: Any) -> PackedCausalLM:
+def build(config: Any) -> PackedDecoder:
     """The model on the meta device: no memory, no values."""
     from transformers import AutoModelForCausalLM
 
@@ -189,9 +175,4 @@ def build(config: Any) -> PackedCausalLM:
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=PACKED_ATTENTION, dtype=torch.float32
         )
-        return PackedCausalLM(model)
-
-
-def blocks(model: PackedCausalLM) -> Iterable[nn.Module]:
-    """The decoder blocks."""
-    return model.model.model.layers
+        return PackedDecoder(model)

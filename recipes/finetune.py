@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning import LightningModule, Trainer
 
+from dist import training
 from dist.activation import check_activation_checkpointing, checkpoint_blocks
 from dist.attention import PACKED_ATTENTION
 from dist.batch import Batch
@@ -30,6 +31,7 @@ from dist.dataset import open_dataset
 from dist.deepspeed_zero import gather_with
 from dist.drain import StopFlag, stop_requests
 from dist.errors import run_main
+from dist.examples import as_rows
 from dist.gradient_scaler import GradientScaler
 from dist.guard import Guard, GuardConfig, check_guard
 from dist.hf_weights import HfWeights
@@ -71,17 +73,11 @@ from dist.start import DataConfig, failure_recorded, start_run, summary_line
 from dist.strategies import LeydenEnvironment, make_strategy
 from dist.training import decide_numerics, main_of, run_callbacks
 from dist.training_step import ValidationLoss, clip_and_judge, scaled_loss
-from dist.watchdog import WatchdogConfig
+from dist.watchdog import WatchdogConfig, watch_run
 from recipes import causal_lm
 
-# What a run may change when it goes on; anything else would make it another run. A dataset may
-# move: its digest decides.
-MAY_CHANGE = (
-    "base.path", "data.url", "data.verify", "switch_data", "parallel", "activation_checkpointing",
-    "micro_batch", "compile", "max_steps", "max_epochs", "val_every_steps", "val_rows",
-    "save_every_steps", "log_every_steps", "guard", "meter", "watchdog", "log", "profile", "keep",
-    "keep_best", "async_save", "max_failed_saves", "run", "run_root",
-)  # fmt: skip
+# The base may move: its digest decides.
+MAY_CHANGE = ("base.path", *training.MAY_CHANGE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +183,7 @@ class Finetune(LightningModule):
         lora, strategy = self.config.lora, self.config.parallel.strategy
         device = self.trainer.strategy.root_device
         if lora.method == "qlora":
-            net = causal_lm.PackedCausalLM(load_in_4bit(self.base.folder, PACKED_ATTENTION, device))
+            net = causal_lm.PackedDecoder(load_in_4bit(self.base.folder, PACKED_ATTENTION, device))
         else:
             net = causal_lm.build(self.hf_config)
         add_adapters(net.model, lora)
@@ -201,6 +197,7 @@ class Finetune(LightningModule):
         if sharded:
             shard_fsdp(net, causal_lm.blocks(net), data_axes(self.device_mesh), self.precision)
         causal_lm.set_precision(net, self.precision, by_policy=sharded)
+        net.keeps_token_losses = bool(self.config.data.sources)  # for the losses by source
         adapter = None
         if lora.init_from:
             adapter = read_adapter(Path(lora.init_from), net.model, lora, self.base.digest)
@@ -292,10 +289,12 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             print(f"{run.path} is done: {summary_line(start.outcome)}")
         return 0
     config = replace(config, max_steps=start.max_steps)  # those of max_epochs, if given
+    watchdog = watch_run(run, start.attempt, config.watchdog, ranks, stack)
     with failure_recorded(run, start.attempt, ranks):
         # Data: from the sample where the run stands.
-        dataset = open_dataset(start.data)
-        schema = dataset.manifest.schema
+        opened = open_dataset(start.data, config.data.cache())
+        dataset = as_rows(opened, config.data.packing, config.data.seq_len)
+        schema = dataset.schema
         on_rank_zero(lambda: causal_lm.check_data(base, dataset))
         state = OrderState(
             data_digest=dataset.data_digest, seed=config.seed, batch=config.global_batch
@@ -303,7 +302,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         if start.record is not None:
             state = OrderState.from_dict(start.record["order"])
         auto = AutoMicroBatch(run, config, schema, ranks, device)
-        state = replace(state, skipped=start.skipped)
+        state = replace(state, skipped=start.skipped, **start.order)
         plan = LoaderPlan(
             batch=config.global_batch,
             micro_batch=auto.rows or 1,  # 1 until the trial has found it
@@ -317,8 +316,9 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         )
         requests = stop_requests(stop, run.path, is_first=ranks.is_first)
         loader = training_loader(
-            dataset, config.seed, plan, run.path, stack, requests, start.skipped, start.removed
-        )
+            dataset, config.seed, plan, run.path, stack, requests, start.skipped, start.removed,
+            state,
+        )  # fmt: skip
         validation = validation_loader(dataset, plan, config.val_rows, run.path, stack)
         # Model and trainer.
         numeric = decide_numerics(config, device)
@@ -329,7 +329,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
         auto.loaders = [loader] if validation is None else [loader, validation]
         recorder, callbacks = run_callbacks(
             run, start, config, ranks, stack, dataset=dataset, loader=loader, state=state,
-            guard=guard, numeric=numeric, device=device, may_change=MAY_CHANGE,
+            guard=guard, numeric=numeric, device=device, may_change=MAY_CHANGE, watchdog=watchdog,
         )  # fmt: skip
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",

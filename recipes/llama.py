@@ -101,22 +101,20 @@ def hf_config(config: ModelConfig, schema: dict[str, Any]) -> Any:
     )
 
 
-class PackedLlama(nn.Module):
-    """The root that is sharded: its forward returns a loss sum, so that no parameter is used
-    outside it (FSDP2 gathers the output matrix only within its root's forward)."""
+class PackedDecoder(nn.Module):
+    """The root that is sharded, around a transformers model of blocks `model.layers` under
+    `lm_head`: its forward returns a loss sum, so that no parameter is used outside it (FSDP2
+    gathers the output matrix only within its root's forward)."""
 
-    def __init__(self, config: ModelConfig, schema: dict[str, Any]) -> None:
-        from transformers import LlamaForCausalLM
-
+    def __init__(self, model: nn.Module, attention_dropout: float = 0.0) -> None:
         super().__init__()
         register_packed_attention()
-        self.model = LlamaForCausalLM(hf_config(config, schema))
-        self._attention_dropout = config.attention_dropout
-        for block in self.model.model.layers:
-            _drop_residual(block, config.residual_dropout)
+        self.model: Any = model
+        self._attention_dropout = attention_dropout
         self.autocast_dtype: torch.dtype | None = None
         self.compiled = False
         self.keeps_token_losses = False
+        """Whether a forward leaves the loss of each token in `token_losses`."""
         self.token_losses: Tensor | None = None
         """(n * seq,) loss of each target of the last batch, where they are kept."""
 
@@ -160,18 +158,24 @@ def _drop_residual(block: nn.Module, share: float) -> None:
     ]
 
 
-def build(config: ModelConfig, schema: dict[str, Any]) -> PackedLlama:
+def build(config: ModelConfig, schema: dict[str, Any]) -> PackedDecoder:
     """The model on the meta device: no memory, no values."""
+    from transformers import LlamaForCausalLM
+
+    register_packed_attention()
     with torch.device("meta"):
-        return PackedLlama(config, schema)
+        net = PackedDecoder(LlamaForCausalLM(hf_config(config, schema)), config.attention_dropout)
+    for block in blocks(net):
+        _drop_residual(block, config.residual_dropout)
+    return net
 
 
-def blocks(model: PackedLlama) -> Iterable[nn.Module]:
+def blocks(model: PackedDecoder) -> Iterable[nn.Module]:
     """The decoder blocks: the units of checkpointing, compiling and sharding."""
     return model.model.model.layers
 
 
-def split_layers(model: PackedLlama, mesh: DeviceMesh) -> None:
+def split_layers(model: PackedDecoder, mesh: DeviceMesh) -> None:
     """Tensor parallelism over `mesh` (in place): heads, the MLP's width and the vocabulary are
     split, norms are not. Call it on the meta device, before anything else wraps a module.
 
@@ -213,7 +217,7 @@ def split_layers(model: PackedLlama, mesh: DeviceMesh) -> None:
     split_vocabulary(model.model.model.embed_tokens, model.model.lm_head, mesh)
 
 
-def first_weights(model: PackedLlama, config: ModelConfig) -> Fill | None:
+def first_weights(model: PackedDecoder, config: ModelConfig) -> Fill | None:
     """What fills the parameters from `init_from`, checked; None for random weights."""
     if not config.init_from:
         return None
@@ -236,13 +240,13 @@ def first_weights(model: PackedLlama, config: ModelConfig) -> Fill | None:
     return lambda name, parameter: weights.fill(name.removeprefix("model."), parameter)
 
 
-def set_precision(model: PackedLlama, precision: Precision, *, by_policy: bool) -> None:
+def set_precision(model: PackedDecoder, precision: Precision, *, by_policy: bool) -> None:
     """16 bits by autocast, unless the sharding's policy owns the dtypes."""
     if not by_policy:
         model.autocast_dtype = precision.autocast_dtype
 
 
-def compile_model(model: PackedLlama, compiled: Compile) -> None:
+def compile_model(model: PackedDecoder, compiled: Compile) -> None:
     """Compile the blocks or the decoder as decided; after checkpointing, before sharding."""
     if compiled.name == "blocks":
         compile_blocks(blocks(model))

@@ -36,7 +36,6 @@ from dist.initialise import materialise
 from dist.lightning_plugins import StopRun, quiet_lightning, take_over
 from dist.loader import LoaderPlan, training_loader, validation_loader
 from dist.loggers import LogConfig
-from dist.loss import loss_scale
 from dist.mesh import (
     Layout,
     choose_device,
@@ -55,24 +54,13 @@ from dist.profiling import ProfileConfig
 from dist.randomness import seed_micro_batch
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
-from dist.sharding import ParallelConfig, arrange, clip_grad_norm, shard_fsdp
+from dist.sharding import ParallelConfig, arrange, shard_fsdp
 from dist.start import DataConfig, failure_recorded, start_run, summary_line
 from dist.strategies import LeydenEnvironment, make_strategy
-from dist.training import decide_numerics, main_of, run_callbacks
+from dist.training import MAY_CHANGE, decide_numerics, main_of, run_callbacks
+from dist.training_step import ValidationLoss, clip_and_judge, scaled_loss
 from dist.watchdog import WatchdogConfig, watch_run
 from recipes import llama
-
-# What a run may change when it goes on; anything else would make it another run. A dataset may
-# move: its digest decides.
-MAY_CHANGE = (
-    # The order is frozen in its own way: `auto` may mean what the run has.
-    "data.url", "data.verify", "data.cache_dir", "data.cache_gb", "data.order", "data.lanes",
-    "data.window", "data.sources", "data.stages",
-    "switch_data", "parallel", "activation_checkpointing", "micro_batch", "compile",
-    "max_steps", "max_epochs", "val_every_steps", "val_rows",
-    "save_every_steps", "log_every_steps", "guard", "meter", "watchdog", "log", "profile", "keep",
-    "keep_best", "async_save", "max_failed_saves", "run", "run_root",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,27 +181,10 @@ class Pretrain(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, torch.Tensor]:
         coordinate = self.layout.dp_rank
         seed_micro_batch(self.config.seed, batch.step, batch.micro, coordinate, self.device)
-        loss_sum = self.net(batch)
-        self.guard.saw(batch, loss_sum)
-        # Lightning divides by this, also in a last short step of fewer micro-batches.
-        num_micro = self.trainer.accumulate_grad_batches
-        scale = loss_scale(batch.step_targets, self.layout.dp_size, num_micro)
-        loss = loss_sum * scale
-        loss = loss * self.scaler.scale if self.scaler is not None else loss
-        return {"loss": loss, "loss_sum": loss_sum.detach()}
+        return scaled_loss(self, batch, self.net(batch), self.trainer.accumulate_grad_batches)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.config.parallel.strategy == "deepspeed":
-            self.guard.check(None, torch.zeros((), device=self.device))  # it clips in its engine
-            return
-        if self.scaler is not None:
-            self.scaler.unscale(self.net.parameters())
-        norm = self.grad_norm = clip_grad_norm(self.net.parameters(), self.config.optim.clip_norm)
-        # An overflow in fp16 is the scale's business.
-        judged = norm if self.scaler is None else norm.nan_to_num(0.0, posinf=0.0)
-        bad = self.guard.check(optimizer, judged)
-        if self.scaler is not None:
-            self.scaler.skip(optimizer, norm, bad)
+        clip_and_judge(self, optimizer, self.device)
 
     def token_flops(self) -> TokenFlops:
         """FLOPs a token, for the meter."""
@@ -224,18 +195,13 @@ class Pretrain(LightningModule):
         )  # fmt: skip
 
     def on_validation_epoch_start(self) -> None:
-        # Sums over this rank's rows: loss, valid targets.
-        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._validation = ValidationLoss(self.device, self.layout.counts)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        sums = torch.stack((self.net(batch).double(), batch.valid.sum().double()))
-        self._sums += sums * self.layout.counts
+        self._validation.add(self.net(batch), batch)
 
     def on_validation_epoch_end(self) -> None:
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(self._sums)
-        loss, targets = self._sums.tolist()
-        self.validation = (loss / max(targets, 1.0), int(targets))
+        self.validation = self._validation.mean(self.trainer.world_size)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = adamw(self.net.named_parameters(), self.config.optim, self.config.seed)

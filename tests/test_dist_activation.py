@@ -15,7 +15,7 @@ from tests.test_dist_attention import CONFIG, SCHEMA, packed_and_padded
 MODES = ("full", "every-2", "op-level")
 
 
-def make_model(mode: str, config: llama.ModelConfig = CONFIG) -> llama.PackedLlama:
+def make_model(mode: str, config: llama.ModelConfig = CONFIG) -> llama.PackedDecoder:
     model = llama.build(config, SCHEMA)
     checkpoint_blocks(llama.blocks(model), mode)
     materialise(model, torch.device("cpu"), seed=0, std=0.02)

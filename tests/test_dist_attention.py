@@ -39,7 +39,7 @@ def make_documents() -> list[np.ndarray]:
     return [rng.integers(0, VOCAB, n).astype(np.uint16) for n in (7, 1, 9, 5, 12, 10, 3)]
 
 
-def make_model() -> llama.PackedLlama:
+def make_model() -> llama.PackedDecoder:
     model = llama.build(CONFIG, SCHEMA)
     # A large spread makes attention sharp: a leak changes the loss by far more than rounding.
     materialise(model, torch.device("cpu"), seed=0, std=0.3)

@@ -34,7 +34,7 @@ def watched(rank: int, log: Path, bad: dict[str, int]) -> None:
     """Log every row that the model trains on; NaN where it meets tokens from a step on."""
     from recipes import llama
 
-    original = llama.PackedLlama.forward
+    original = llama.PackedDecoder.forward
     path = log.with_name(f"{log.name}-{rank}")
 
     def forward(self: Any, batch: Any) -> Any:
@@ -49,7 +49,7 @@ def watched(rank: int, log: Path, bad: dict[str, int]) -> None:
                     file.write(json.dumps([place, row]) + "\n")
         return loss * math.nan if any(batch.step >= bad.get(row, 1 << 60) for row in met) else loss
 
-    llama.PackedLlama.forward = forward  # type: ignore[method-assign]
+    llama.PackedDecoder.forward = forward  # type: ignore[method-assign]
 
 
 def tokens_of(dataset: Dataset) -> list[str]:

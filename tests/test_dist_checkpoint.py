@@ -53,7 +53,7 @@ CPU = torch.device("cpu")
 TENSORS = dict[str, torch.Tensor]
 
 
-def make(strategy: str, seed: int) -> tuple[llama.PackedLlama, torch.optim.Optimizer]:
+def make(strategy: str, seed: int) -> tuple[llama.PackedDecoder, torch.optim.Optimizer]:
     model = llama.build(CONFIG, SCHEMA)
     if strategy == "fsdp":
         shard_fsdp(model, llama.blocks(model), data_mesh(CPU), Precision(name="fp32", reason=""))
@@ -61,7 +61,7 @@ def make(strategy: str, seed: int) -> tuple[llama.PackedLlama, torch.optim.Optim
     return model, adamw(model.named_parameters(), OptimConfig(lr=1e-2))
 
 
-def whole(model: llama.PackedLlama, optimizer: torch.optim.Optimizer) -> TENSORS:
+def whole(model: llama.PackedDecoder, optimizer: torch.optim.Optimizer) -> TENSORS:
     found: TENSORS = {}
     for name, parameter in model.named_parameters():
         found[name] = parameter.detach()

@@ -73,14 +73,14 @@ def slow_forward(rank: int, victim: int) -> None:
     """One rank computes SLOW_S longer each step."""
     from recipes import llama
 
-    original = llama.PackedLlama.forward
+    original = llama.PackedDecoder.forward
 
     def forward(self: Any, batch: Any) -> Any:
         if rank == victim and self.training and batch.micro == 0:
             time.sleep(SLOW_S)
         return original(self, batch)
 
-    llama.PackedLlama.forward = forward  # type: ignore[method-assign]
+    llama.PackedDecoder.forward = forward  # type: ignore[method-assign]
 
 
 def waited_s(folder: Path) -> list[float]:

@@ -34,7 +34,7 @@ def batches() -> list[Batch]:
     return [make_batch([rows[i], rows[(i + 1) % len(rows)]]) for i in range(len(rows))]
 
 
-def make_model(checkpointing: str, backend: str, sharded: bool = False) -> llama.PackedLlama:
+def make_model(checkpointing: str, backend: str, sharded: bool = False) -> llama.PackedDecoder:
     model = llama.build(CONFIG, SCHEMA)
     checkpoint_blocks(llama.blocks(model), checkpointing)
     if backend:
@@ -46,7 +46,7 @@ def make_model(checkpointing: str, backend: str, sharded: bool = False) -> llama
     return model
 
 
-def gradients(model: llama.PackedLlama, batch: Batch) -> list[torch.Tensor]:
+def gradients(model: llama.PackedDecoder, batch: Batch) -> list[torch.Tensor]:
     model.zero_grad()
     model(batch).backward()
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

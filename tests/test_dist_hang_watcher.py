@@ -44,7 +44,7 @@ def hang_in(rank: int, victim: int, where: str, how: str) -> None:
     if rank != victim:
         return
     hang = {"lock": hold_the_lock, "sleep": sleep_in_python}[how]
-    forward = llama.PackedLlama.forward
+    forward = llama.PackedDecoder.forward
 
     def endless(self: Any, batch: Any) -> Any:
         if batch.step == HANG_STEP:
@@ -52,7 +52,7 @@ def hang_in(rank: int, victim: int, where: str, how: str) -> None:
         return forward(self, batch)
 
     if where == "step":
-        llama.PackedLlama.forward = endless  # type: ignore[method-assign]
+        llama.PackedDecoder.forward = endless  # type: ignore[method-assign]
     if where == "model":
         pretrain.materialise = lambda *_: hang()
     if where == "loader":

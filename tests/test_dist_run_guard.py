@@ -42,7 +42,7 @@ def poison(
     import dist.guard
     from recipes import llama
 
-    original = llama.PackedLlama.forward
+    original = llama.PackedDecoder.forward
     if lag is not None:
         init = dist.guard.Guard.__init__
 
@@ -60,7 +60,7 @@ def poison(
         here = rank == victim and batch.step in steps and batch.micro == 1
         return loss * factor if here or bad_row in batch.rows.tolist() else loss
 
-    llama.PackedLlama.forward = forward  # type: ignore[method-assign]
+    llama.PackedDecoder.forward = forward  # type: ignore[method-assign]
 
 
 def never_applied(rank: int, calls: tuple[int, ...]) -> None:

@@ -36,7 +36,7 @@ def hang_in(rank: int, victim: int, where: str) -> None:
 
     if rank != victim:
         return
-    forward, read_row = llama.PackedLlama.forward, PackedShard.read_row
+    forward, read_row = llama.PackedDecoder.forward, PackedShard.read_row
     steps = [0]
 
     def endless_forward(self: Any, batch: Any) -> Any:
@@ -50,7 +50,7 @@ def hang_in(rank: int, victim: int, where: str) -> None:
             time.sleep(0.01)
         return read_row(self, *args)
 
-    llama.PackedLlama.forward = endless_forward  # type: ignore[method-assign]
+    llama.PackedDecoder.forward = endless_forward  # type: ignore[method-assign]
     PackedShard.read_row = endless_read  # type: ignore[method-assign]
 
 

@@ -109,7 +109,7 @@ def record_rows(rank: int, folder: Path, stop_in: tuple[int, int] | None) -> Non
     """Log the row keys of the tensors that the model receives; SIGTERM rank 0 in a micro-batch."""
     from recipes import llama
 
-    original = llama.PackedLlama.forward
+    original = llama.PackedDecoder.forward
     log = open(folder / f"rows-{rank}.jsonl", "a", buffering=1)  # noqa: SIM115
 
     def forward(self: Any, batch: Any) -> torch.Tensor:
@@ -120,7 +120,7 @@ def record_rows(rank: int, folder: Path, stop_in: tuple[int, int] | None) -> Non
                 os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch)
 
-    llama.PackedLlama.forward = forward  # type: ignore[method-assign]
+    llama.PackedDecoder.forward = forward  # type: ignore[method-assign]
 
 
 def seen_rows(folder: Path) -> dict[int, list[int]]:

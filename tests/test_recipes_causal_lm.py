@@ -16,7 +16,7 @@ from dist.errors import ConfigError, DataRefused
 from recipes.causal_lm import (
     MODEL_TYPES,
     BaseConfig,
-    PackedCausalLM,
+    PackedDecoder,
     build,
     check_data,
     find_base,
@@ -37,7 +37,7 @@ def test_packed_documents_cost_what_each_costs_alone(kind: str, tmp_path: Path) 
     changes = {"sliding_window": None} if kind in ("mistral", "phi3") else {}
     folder = write_base(tmp_path / kind, kind, **changes)
     register_packed_attention()
-    ours = PackedCausalLM(
+    ours = PackedDecoder(
         AutoModelForCausalLM.from_pretrained(folder, attn_implementation="leyden_packed")
     ).eval()
     theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()

@@ -43,7 +43,7 @@ def poison_tokens(rank: int, tokens: bytes, log: Path) -> None:
     """NaN wherever the model meets a row of these tokens; logs what it meets."""
     from recipes import llama
 
-    original = llama.PackedLlama.forward
+    original = llama.PackedDecoder.forward
 
     def forward(self: Any, batch: Any) -> Any:
         loss = original(self, batch)
@@ -56,7 +56,7 @@ def poison_tokens(rank: int, tokens: bytes, log: Path) -> None:
                     file.write(json.dumps([batch.step, batch.micro, rank, row.hex()]) + "\n")
         return loss * math.nan if tokens in met else loss
 
-    llama.PackedLlama.forward = forward  # type: ignore[method-assign]
+    llama.PackedDecoder.forward = forward  # type: ignore[method-assign]
 
 
 def test_a_run_goes_on_without_the_bad_rows(tmp_path: Path) -> None:
