@@ -99,11 +99,13 @@ def write_folder(
     card: str,
     max_shard_size: str = "5GB",
     beside: Iterable[Path] = (),
+    template: str = "",
 ) -> int:
     """Write `model` (a transformers model) as `folder`; returns its bytes.
 
     `facts` (JSON) go into leyden.json and `card` is README.md; the files `beside` are copied and
-    replace those that would be made. Raises ConfigError if the folder exists: an export is never
+    replace those that would be made; `template` is the chat template of the training, if it was
+    one of chats. Raises ConfigError if the folder exists: an export is never
     overwritten.
     """
 
@@ -119,6 +121,8 @@ def write_folder(
         (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
         for path in beside:
             shutil.copyfile(path, temporary / path.name)
+        if template:
+            (temporary / "chat_template.jinja").write_text(template)
         (temporary / "README.md").write_text(card)
 
     return publish_folder(folder, fill, facts)

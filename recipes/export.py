@@ -91,7 +91,9 @@ def run(config: Config) -> Path:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         facts = lineage(trained, config.dtype, trainable) | base_facts(base, adapter=True)
         card = card_of(facts)
-        fill = tuned.adapter_writer(model, trained.record, base, card, DTYPES[config.dtype])
+        fill = tuned.adapter_writer(
+            model, trained.record, base, card, DTYPES[config.dtype], trained.template
+        )
         size = publish_folder(folder, fill, facts)
     else:
         model = load_run(trained, config.base.path).to(DTYPES[config.dtype])
@@ -107,6 +109,7 @@ def run(config: Config) -> Path:
             card=card_of(facts),
             max_shard_size=config.max_shard_size,
             beside=tuned.tokenizer_files(base) if base is not None else (),
+            template=trained.template,
         )
     print(f"{folder}: {facts['run']} at step {trained.step}, {config.dtype}, {size / 1e6:,.1f} MB")
     return folder

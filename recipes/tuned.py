@@ -27,8 +27,9 @@ from dist.url_path import Place
 from recipes.causal_lm import Base, hf_config, open_base, resolve_base
 
 # What belongs to a base's tokenizer, and how it is prompted.
+TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", TEMPLATE,
     "generation_config.json",
 )  # fmt: skip
 
@@ -90,7 +91,7 @@ def tokenizer_files(base: Base) -> list[Path]:
 
 
 def adapter_writer(
-    model: Any, record: dict[str, Any], base: Base, card: str, dtype: torch.dtype
+    model: Any, record: dict[str, Any], base: Base, card: str, dtype: torch.dtype, template: str
 ) -> Callable[[Path], None]:
     """Writes a peft folder of `model`, which has its adapters, for dist.export_hf.publish_folder.
 
@@ -106,6 +107,8 @@ def adapter_writer(
         for path in tokenizer_files(base):
             if path.name != "generation_config.json":
                 shutil.copyfile(path, folder / path.name)
+        if template:  # that of the training, whatever the base has
+            (folder / TEMPLATE).write_text(template)
         (folder / "README.md").write_text(card)
 
     return fill
