@@ -117,9 +117,9 @@ def parent_chain(provenance: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def unread(dataset: Dataset) -> str:
-    """Why the rows of a dataset are not read here; '' if they are."""
+    """Why the rows of a dataset are not counted here; '' if they are."""
     if dataset.is_remote:
-        return "the dataset is remote: rows are not read; copy it to a disk to see samples"
+        return "the dataset is remote: tokens are not counted, as every shard would be fetched"
     return ""
 
 

@@ -27,13 +27,16 @@ class StochasticAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with the keys of torch's: step, exp_avg,
     exp_avg_sq. Honours `found_inf` like torch's fused optimizers: such a step changes nothing."""
 
+    _step_supports_amp_scaling = True  # how torch says so
+
     def __init__(
         self, groups: Iterable[dict[str, Any]], *,
         lr: float, betas: tuple[float, float], eps: float, state_dtype: torch.dtype, seed: int,
     ) -> None:  # fmt: skip
         super().__init__(list(groups), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._state_dtype, self._seed = state_dtype, seed
-        self._parts: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        parameters = [one for group in self.param_groups for one in group["params"]]
+        self._parts = {id(one): _part(one) for one in parameters}
         """By id of a parameter: shape and offset of its local part."""
 
     @torch.no_grad()
@@ -68,7 +71,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         spread = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
         new = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
         new -= mean.div(spread).mul_(group["lr"] / (1 - beta1**step))
-        place = _place(parameter, self._parts)
+        place = _place(parameter, *self._parts[id(parameter)])
         for role, (target, value) in enumerate(((weight, new), (kept[0], mean), (kept[1], square))):
             if goes is not None:
                 value = torch.where(goes, value, target.float())
@@ -96,18 +99,20 @@ def hashed_bits(place: Tensor, step: Tensor, key: int) -> Tensor:
     return (mixed ^ (mixed >> 16)) & 0xFFFF
 
 
-def _place(parameter: Tensor, parts: dict[int, Any]) -> Tensor:
+def _part(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and offset of a parameter's local part."""
+    if not isinstance(parameter, DTensor):
+        return tuple(parameter.shape), (0,) * parameter.ndim
+    # It reads numbers from tensors of its own: once, and not from fake ones in a plan.
+    with unset_fake_temporarily():
+        return compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+
+
+def _place(parameter: Tensor, shape: tuple[int, ...], offset: tuple[int, ...]) -> Tensor:
     """Index of each local element in the full parameter, flattened; int32, wraps past 2**31."""
-    shape, offset = tuple(parameter.shape), (0,) * parameter.ndim
-    full = shape
-    if isinstance(parameter, DTensor):
-        if id(parameter) not in parts:
-            # It reads numbers from tensors of its own: once, and not from fake ones in a plan.
-            with unset_fake_temporarily():
-                parts[id(parameter)] = compute_local_shape_and_global_offset(
-                    parameter.shape, parameter.device_mesh, parameter.placements
-                )
-        shape, offset = parts[id(parameter)]
+    full = tuple(parameter.shape)
     place = torch.zeros((), dtype=torch.int32, device=_local(parameter).device)
     stride = 1
     for dim in reversed(range(len(full))):

@@ -113,6 +113,10 @@ def find_target(asked: Asked, cluster: Cluster, cwd: Path) -> Target:
     run = cwd / run_folder(str(asked.run), root)
     try:
         identity = json.loads((run / "run.json").read_bytes())
+    except NotADirectoryError:
+        raise ConfigError(
+            f"{asked.run} is a file; a script is checked by `leyden check --static {asked.run}`"
+        ) from None
     except FileNotFoundError:
         raise ConfigError(
             f"{asked.run} is neither a recipe ({', '.join(recipes())}) nor a run that has started "

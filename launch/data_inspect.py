@@ -49,6 +49,7 @@ def inspect(arguments: list[str]) -> int:
         tokenizer = None if digest is None else dataset.read_tokenizer()
         found = data_inspect.scan(dataset, max(1, options.scan_rows))
         said = data_inspect.scan_facts(found, tokenizer)
+    if options.samples > 0:
         for split in samples:
             samples[split] = data_inspect.sample_rows(dataset, split, max(0, options.samples))
     if options.json:

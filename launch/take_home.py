@@ -18,7 +18,7 @@ from dist.model_folder import find_model
 from launch.processes import command_text, run_child
 from launch.rooms import ROOT
 
-SHARED = "trained"
+SHARED = ("trained", "causal_lm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Verb:
 
 def options_of(recipe: str) -> list[tuple[str, str, str]]:
     """(key, default, sentence) of each field of a recipe's Config, nested ones in full."""
-    classes = {**_classes(SHARED), **_classes(recipe)}
+    classes = {k: v for stem in (*SHARED, recipe) for k, v in _classes(stem).items()}
     return [one for one in _fields(classes, "Config") if one[0] != "model"]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist.config import to_yaml
-from tests.rank_processes import config
+from tests.rank_processes import config, watches
 from tests.slurm_cluster import Cluster, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +120,7 @@ class SlurmRun:
 
     def rank(self, rank: int) -> int:
         """Process id of a rank."""
-        (pid,) = self.processes(RANK=str(rank))
+        (pid,) = [pid for pid in self.processes(RANK=str(rank)) if not watches(pid)]
         return pid
 
     def agent(self, node: str) -> int:

@@ -20,7 +20,7 @@ from dist.ranks import Ranks
 from launch import cli, nodes
 from launch.nodes import NodeOptions, find_nodes
 from tests.make_dataset import write_dataset
-from tests.rank_processes import config, processes_of, train
+from tests.rank_processes import config, processes_of, train, watches
 from tests.test_exact_resume import assert_same_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,7 +169,11 @@ def test_two_nodes_go_on_after_a_killed_rank(tmp_path: Path) -> None:
         while not (len(lines(run / "consumed.jsonl")) >= SAVE_EVERY + 2):
             assert time.monotonic() < until and fronts[0].poll() is None, said()
             time.sleep(0.02)
-        (victim,) = [pid for pid in processes_of(str(run)) if environ(pid).get("RANK") == "1"]
+        (victim,) = [
+            pid
+            for pid in processes_of(str(run))
+            if environ(pid).get("RANK") == "1" and not watches(pid)
+        ]
         node = environ(victim)["LEYDEN_NODE"]
         os.kill(victim, signal.SIGKILL)
         codes = [front.wait(timeout=240) for front in fronts]

@@ -18,7 +18,7 @@ from recipes.export import run as export
 from recipes.trained import load_run, open_trained
 from tests.finetune_runs import play, write_base
 from tests.make_dataset import write_dataset
-from tests.run_ranks import run_ranks
+from tests.run_ranks import RankFailed, run_ranks
 from tests.strategy_runs import at_step, losses, tensors
 
 ALL = bool(os.environ.get("LEYDEN_ALL_CELLS"))
@@ -187,8 +187,9 @@ def test_goes_on_from_an_adapter(runs: Path, tmp_path: Path) -> None:
         (runs / "base", {"target_modules": ["q_proj", "gate_proj"], "alpha": 4.0}, "lora_alpha"),
     ):
         changes = {"lora": {"init_from": str(adapter), **lora}}
-        with pytest.raises(ConfigError, match=said):
-            play(url, str(base), [(str(tmp_path / f"bad-{said[:3]}"), "", changes)])
+        jobs = [(str(tmp_path / f"bad-{said[:3]}"), "", changes)]
+        with pytest.raises(RankFailed, match=said):
+            run_ranks(play, 1, 120, url, str(base), jobs)
 
 
 @pytest.mark.timeout(300)
@@ -233,5 +234,5 @@ def test_nan_weights_are_refused(place: Path, tmp_path: Path) -> None:
     state = load_file(base / "model.safetensors")
     state["model.norm.weight"][3] = float("nan")
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"model\.norm\.weight holds NaN"):
-        play(str(place / "data"), str(base), [(str(tmp_path / "run"), "", {})])
+    with pytest.raises(RankFailed, match=r"model\.norm\.weight holds NaN"):
+        run_ranks(play, 1, 120, str(place / "data"), str(base), [(str(tmp_path / "run"), "", {})])
