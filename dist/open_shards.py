@@ -24,6 +24,7 @@ MAX_OPEN_SHARDS = 512
 STEPS_AHEAD = 64
 SHARDS_AHEAD = 8
 FETCHES_AT_ONCE = 4
+_LOOK_S = 0.2
 
 
 class Steps(Protocol):
@@ -227,11 +228,16 @@ class ShardsAhead:
                     return
             if self._stop.is_set():
                 return
+        while not self._stop.wait(_LOOK_S):
+            self._cache.keep_to_share()
 
     def _wait_for_turn(self, step: int, first: int, number: int) -> bool:
         """Start to fetch a shard for a step as soon as it may be; False after a stop."""
         size = self._split.shards[number].bytes
         while not self._stop.is_set():
+            # The share shrinks when another process comes, and the reader may sit in an all-reduce
+            # with a rank that waits for room.
+            self._cache.keep_to_share()
             with self._changed:
                 at = self._reached if self._reached is not None else first
                 if step < at:
@@ -248,7 +254,7 @@ class ShardsAhead:
                         self._last_step[number] = step
                         break
                 # Room may also come from other processes: look again now and then.
-                self._changed.wait(0.2)
+                self._changed.wait(_LOOK_S)
         else:
             return False
         try:

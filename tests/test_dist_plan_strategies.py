@@ -138,7 +138,7 @@ def test_tensor_parallel_messages_are_waited_for() -> None:
     replicas = plan_of(8, device=H100, strategy="tp", tp=2)
     sent = replicas.costs.messages["averaging gradients"]
     assert sum(one.bytes for one in sent) == pytest.approx(
-        replicas.peak.categories[PARAMETERS], rel=0.01
+        replicas.peak.categories[PARAMETERS], rel=0.03
     )
     assert isinstance(sent[0], Message) and {one.ranks for one in sent} == {4}
 

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -413,3 +415,46 @@ def test_pins_follow_the_steps(remote: Dataset, monkeypatch: pytest.MonkeyPatch)
     finally:
         ahead.close()
     assert remote.cache.held_bytes == 0
+
+
+def test_a_process_makes_room_for_one_that_comes_later(server: Any, tmp_path: Path) -> None:
+    """A rank that fetched the cache full before its peers came, and now waits for them in an
+    all-reduce while they wait for room: a deadlock, seen once in three runs."""
+    cache = CacheConfig(folder=str(tmp_path / "cache"), limit_gb=1.0)
+    remote = open_dataset(server.url, cache)
+    split = remote.split("train")
+    largest = max(shard.bytes for shard in split.shards)
+    small = dataclasses.replace(cache, limit_gb=4.2 * largest / 1e9)
+    remote = dataclasses.replace(remote, cache_config=small)
+    ahead = open_shards.ShardsAhead(remote, split, iter([(k, [k]) for k in range(10)]))
+    remote.cache.holders.append(ahead.give_back)
+    try:
+        deadline = time.monotonic() + 20
+        while remote.cache.held_bytes < 2.5 * largest and time.monotonic() < deadline:
+            time.sleep(0.05)
+        alone = remote.cache.held_bytes
+        other = subprocess.Popen(
+            [sys.executable, "-c", _MEMBER, str(small.folder), repr(small.limit_gb)],
+            stdout=subprocess.PIPE,
+        )
+        try:
+            assert other.stdout is not None and other.stdout.readline() == b"in\n"
+            while remote.cache.held_bytes > 2.1 * largest and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert remote.cache.held_bytes <= 2.1 * largest < alone
+        finally:
+            other.kill()
+            other.wait()
+    finally:
+        remote.cache.holders.remove(ahead.give_back)
+        ahead.close()
+
+
+_MEMBER = """
+import sys, time
+from dist.cache import CacheConfig, node_cache
+cache = node_cache(CacheConfig(folder=sys.argv[1], limit_gb=float(sys.argv[2])))
+cache.share_bytes
+print("in", flush=True)
+time.sleep(60)
+"""
