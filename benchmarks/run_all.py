@@ -30,6 +30,7 @@ FIGURES = {
     "status": "",
     "reliability": "--trials 1",
     "prep": "--repeat 1",
+    "sft": "--repeat 1",
     "gpu": "",
 }
 NOT_HERE = 4
