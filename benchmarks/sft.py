@@ -1,4 +1,4 @@
-"""LoRA fine-tuning against TRL's SFTTrainer: one base, the same chats, threads and batch, in one run.
+"""LoRA fine-tuning against TRL's SFTTrainer: one base, chats, threads and batch, in one run.
 
     python -m benchmarks.sft [--steps 40] [--chats 2000] [--threads 2] [--repeat 1] [--no-peer]
 
