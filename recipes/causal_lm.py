@@ -14,13 +14,14 @@ from dist.attention import PACKED_ATTENTION, register_packed_attention
 from dist.dataset import Dataset
 from dist.errors import ConfigError, DataRefused, SetupError
 from dist.hf_weights import HfWeights
+from dist.lora import LoraConfig, find_modules, find_targets
 from dist.mesh import on_rank_zero
 from dist.progress import Progress
 from recipes.llama import PackedDecoder, blocks, compile_model, set_precision
 
 __all__ = [
-    "Base", "BaseConfig", "PackedDecoder", "blocks", "build", "check_data", "compile_model",
-    "find_base", "hf_config", "open_base", "resolve_base", "set_precision",
+    "Base", "BaseConfig", "PackedDecoder", "blocks", "build", "check_adapters", "check_data",
+    "compile_model", "find_base", "hf_config", "open_base", "resolve_base", "set_precision",
 ]  # fmt: skip
 
 # Decoders of blocks `model.layers` under `lm_head`, whose logits are the plain product, and whose
@@ -137,6 +138,14 @@ def find_base(config: BaseConfig) -> Base:
     base = on_rank_zero(lambda: open_base(resolve_base(config.path), config.path))
     # Rank 0 has downloaded it; a node that does not share its cache says so by name.
     return replace(base, folder=resolve_base(config.path, online=False))
+
+
+def check_adapters(base: Base, lora: LoraConfig) -> None:
+    """ConfigError for a layer or module that the base has not; takes no memory."""
+    if lora.has_adapters:
+        model = build(hf_config(base.folder)).model
+        find_targets(model, lora.target_modules)
+        find_modules(model, lora.modules_to_save)
 
 
 def check_data(base: Base, dataset: Dataset) -> None:

@@ -278,6 +278,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
     folder = Path(name) if "/" in name else Path(config.run_root) / name
     run = on_rank_zero(lambda: RunDir.open(folder))
     base = causal_lm.find_base(config.base)
+    on_rank_zero(lambda: causal_lm.check_adapters(base, config.lora))
     start = on_rank_zero(
         lambda: start_run(
             run, config, recipe="finetune", may_change=MAY_CHANGE, stack=stack,

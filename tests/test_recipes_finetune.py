@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist.errors import ConfigError, DataRefused
+from dist.errors import ConfigError, DataRefused, SetupError
 from dist.model_folder import find_model
 from recipes.export import Config as ExportConfig
 from recipes.export import run as export
@@ -222,8 +222,9 @@ def test_bad_settings_are_refused(
     place: Path, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     """A typo that adapts nothing; a method that this machine or strategy cannot do."""
-    with pytest.raises((ConfigError, Exception), match=said):
+    with pytest.raises((ConfigError, SetupError), match=said):
         play(str(place / "data"), str(place / "base"), [(str(tmp_path / "run"), "", changes)])
+    assert not (tmp_path / "run" / "run.json").exists(), "refused before anything is taken"
 
 
 def test_nan_weights_are_refused(place: Path, tmp_path: Path) -> None:
