@@ -132,7 +132,7 @@ def main() -> None:
             sys.executable, "-m", "launch.cli", "prep", "chat", "--input",
             str(folder / "chats.jsonl"), "--tokenizer", str(folder / "base"), "--template",
             str(folder / "template.jinja"), "--output", str(folder / "data"), "--max_length",
-            str(args.max_length), "--stop", STOP,
+            str(args.max_length), "--truncation", "right", "--stop", STOP,
         ]  # fmt: skip
         subprocess.run(prep, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         from dist.dataset import open_dataset
