@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist.errors import ConfigError, DataRefused, SetupError
+from dist.errors import DataRefused
 from dist.model_folder import find_model
 from recipes.export import Config as ExportConfig
 from recipes.export import run as export
@@ -200,8 +200,9 @@ def test_refuses_to_resume_on_another_base(place: Path, tmp_path: Path) -> None:
     quick = {"max_steps": 2, "save_every_steps": 1}
     assert run_ranks(play, 1, 120, url, str(base), [(str(tmp_path / "run"), "", quick)]) == [[0]]
     write_base(base, seed=7)
-    with pytest.raises(ConfigError, match="base digest"):
-        play(url, str(base), [(str(tmp_path / "run"), "", {**quick, "max_steps": 3})])
+    more = [(str(tmp_path / "run"), "", {**quick, "max_steps": 3})]
+    with pytest.raises(RankFailed, match="base digest"):
+        run_ranks(play, 1, 120, url, str(base), more)
     with pytest.raises(DataRefused, match="another model"):
         export(ExportConfig(model=str(tmp_path / "run"), output=str(tmp_path / "out")))
 
@@ -222,8 +223,9 @@ def test_bad_settings_are_refused(
     place: Path, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     """A typo that adapts nothing; a method that this machine or strategy cannot do."""
-    with pytest.raises((ConfigError, SetupError), match=said):
-        play(str(place / "data"), str(place / "base"), [(str(tmp_path / "run"), "", changes)])
+    jobs = [(str(tmp_path / "run"), "", changes)]
+    with pytest.raises(RankFailed, match=said):
+        run_ranks(play, 1, 120, str(place / "data"), str(place / "base"), jobs)
     assert not (tmp_path / "run" / "run.json").exists(), "refused before anything is taken"
 
 

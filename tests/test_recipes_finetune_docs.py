@@ -23,7 +23,8 @@ def blocks(language: str) -> list[str]:
     """Code blocks of the page's example."""
     text = (ROOT / "docs" / "finetuning.md").read_text()
     example = text[text.index("## An example") :]
-    return re.findall(rf"^```{language}\n(.*?)^```", example, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```\n?", example, re.DOTALL | re.MULTILINE)
+    return [body for kind, body in found if kind == language]
 
 
 @pytest.mark.spark
