@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -288,7 +289,7 @@ def _end_jvm() -> None:
         process.stdin.close()
     try:
         process.wait(JVM_END_S)
-    except Exception:
+    except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
     with contextlib.suppress(Exception):
