@@ -51,3 +51,12 @@ def slurm() -> Iterator[Any]:
         pytest.skip(f"no Slurm here: {reason}")
     with running_cluster() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """One S3 server for all files of the session: s3fs keeps the endpoint it saw first."""
+    from tests.s3_server import running_server
+
+    with running_server() as url:
+        yield url

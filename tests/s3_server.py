@@ -1,4 +1,4 @@
-"""A real S3 server (moto, over HTTP on loopback) with a bucket `leyden`, for a test session."""
+"""A real S3 server (moto, over HTTP on loopback) with a bucket `leyden`: conftest's `s3_server`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
-
-import pytest
 
 SERVERS: list[Any] = []
 
@@ -37,8 +35,8 @@ def watched_puts(refuse: Callable[[int, str], bool]) -> Iterator[list[str]]:
         server.app = original
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
+@contextmanager
+def running_server() -> Iterator[str]:
     """Starts the server and points botocore's own variables at it; yields its URL."""
     import boto3
     from moto.server import ThreadedMotoServer

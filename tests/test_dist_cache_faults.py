@@ -21,7 +21,6 @@ from dist.manifest import Shard
 from dist.storage import Storage
 from tests.http_server import FolderServer, Request, serve
 from tests.remote_shards import make_shards, process
-from tests.s3_server import s3_server  # noqa: F401
 
 SIZE = 4_000
 STAGES = ("reserve", "write", "hash", "stamp", "rename", "done")
@@ -280,7 +279,7 @@ def test_a_broken_answer_never_looks_whole(server: FolderServer, shards: list[Sh
 @pytest.mark.parametrize("scheme", ["memory", "s3"])
 def test_a_store_that_ends_early_is_named(
     scheme: str, server: FolderServer, shards: list[Shard], tmp_path: Path,
-    s3_server: str,  # noqa: F811
+    s3_server: str,
 ) -> None:  # fmt: skip
     """A store that answers a range beyond the end with what there is, or with an error."""
     storage = Storage({"memory": "memory://cut", "s3": "s3://leyden/cut"}[scheme])

@@ -38,7 +38,7 @@ from dist.url_path import Place, UrlPath, place_of
 from tests.make_dataset import write_dataset
 from tests.one_thread import one_thread
 from tests.run_ranks import run_ranks
-from tests.s3_server import s3_server, watched_puts  # noqa: F401
+from tests.s3_server import watched_puts
 from tests.test_dist_checkpoint import load, train_and_save
 from tests.test_dist_checkpoint_faults import check_contents, make, train
 from tests.test_dist_lightning_plugins import lines, pretrain
@@ -127,7 +127,7 @@ def test_every_damage_is_found(root: UrlPath) -> None:
     print(f"{trials} damages, all found")
 
 
-def test_commit_is_the_last_of_the_puts(s3_server: str, tmp_path: Path) -> None:  # noqa: F811
+def test_commit_is_the_last_of_the_puts(s3_server: str, tmp_path: Path) -> None:
     """A commit before its files, a rename by copy, a commit in parts: each is another request."""
     folder = UrlPath(f"s3://leyden/{tmp_path.name}/step-1-a0")
     with watched_puts(lambda number, path: False) as seen:
@@ -139,7 +139,7 @@ def test_commit_is_the_last_of_the_puts(s3_server: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("refused", [1, 2, 3, 4])
 def test_any_refused_put_costs_that_save_only(
-    s3_server: str,  # noqa: F811
+    s3_server: str,
     tmp_path: Path,
     refused: int,
 ) -> None:
@@ -157,7 +157,7 @@ def test_any_refused_put_costs_that_save_only(
     assert find_checkpoint(root) == (root / "step-2-a1", [])
 
 
-def test_a_large_file_goes_up_in_parts(s3_server: str, tmp_path: Path) -> None:  # noqa: F811
+def test_a_large_file_goes_up_in_parts(s3_server: str, tmp_path: Path) -> None:
     """A file that fails in the middle must not appear at its end, as closing it would do."""
     storage_url = UrlPath(f"s3://leyden/{tmp_path.name}/step-1-a0")
     storage = Storage(storage_url.url)
@@ -173,7 +173,7 @@ def test_a_large_file_goes_up_in_parts(s3_server: str, tmp_path: Path) -> None: 
     assert digest == hashlib.sha256(b"x" * (60 << 20)).hexdigest()
 
 
-def test_a_store_that_is_away_is_no_damage(s3_server: str, tmp_path: Path) -> None:  # noqa: F811
+def test_a_store_that_is_away_is_no_damage(s3_server: str, tmp_path: Path) -> None:
     """A network fault that passes for damage would send the run back to an older checkpoint."""
     root = UrlPath(f"s3://leyden/{tmp_path.name}")
     save_checkpoint(root / "step-1-a0", *make(1), {"step": 1})
@@ -208,7 +208,7 @@ def counted_load(strategy: str, folder: Place) -> tuple[dict[str, torch.Tensor],
 
 
 def test_reshards_and_reads_only_what_a_rank_needs(
-    s3_server: str,  # noqa: F811
+    s3_server: str,
     tmp_path: Path,
 ) -> None:
     """A shard restored to the wrong place; or every rank reading all, W times the traffic."""
@@ -247,7 +247,7 @@ def told(env: dict[str, str], url: str, folder: str, changes: dict[str, Any]) ->
 
 
 def test_a_run_on_s3_from_two_ranks_to_one(
-    s3_server: str,  # noqa: F811
+    s3_server: str,
     dataset: Dataset,
     tmp_path: Path,
 ) -> None:

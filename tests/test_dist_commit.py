@@ -21,7 +21,6 @@ from dist.errors import ConfigError, DataRefused, SetupError
 from dist.storage import Storage
 from dist.verify import ShardVerifier, check_presence, verify_full
 from tests.make_dataset import edit_manifest, flip_byte, write_dataset
-from tests.s3_server import s3_server  # noqa: F401
 
 
 @pytest.fixture
@@ -234,7 +233,7 @@ def test_a_lease_of_another_host_expires(tmp_path: Path) -> None:
 
 def test_a_dataset_can_live_on_s3(
     dataset: Dataset,
-    s3_server: str,  # noqa: F811
+    s3_server: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -27,7 +27,6 @@ from dist.errors import ConfigError, DataRefused, SetupError
 from dist.storage import Storage
 from dist.verify import verify_full
 from tests.make_dataset import tokenizer_json, write_dataset
-from tests.s3_server import s3_server  # noqa: F401
 
 DAY_S = 86_400.0
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,7 +301,7 @@ def test_a_killed_gc_leaves_no_lease_for_ever(tmp_path: Path) -> None:
     assert check_versions(tmp_path / "data") == 1
 
 
-def test_s3_and_memory_have_ages_too(s3_server: str, tmp_path: Path) -> None:  # noqa: F811
+def test_s3_and_memory_have_ages_too(s3_server: str, tmp_path: Path) -> None:
     """An object store without mtime: nothing deleted for ever, or everything at once."""
     storage = Storage("s3://leyden/gc")
     local = write_dataset(tmp_path / "data")

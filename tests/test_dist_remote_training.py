@@ -31,7 +31,6 @@ from dist.verify import check_presence, verify_full
 from tests.http_server import FolderServer, serve
 from tests.make_dataset import flip_byte, write_dataset
 from tests.rank_processes import train
-from tests.s3_server import s3_server  # noqa: F401
 from tests.small_run import small_data, small_run
 
 KEPT = ("step", "loss", "grad_norm", "lr")
@@ -91,7 +90,7 @@ def local_losses(local: Dataset, tmp_path_factory: pytest.TempPathFactory) -> li
 @pytest.mark.parametrize("scheme", ["s3", "http"])
 def test_two_ranks_train_the_same_from_a_url(
     scheme: str, local: Dataset, local_losses: Any, server: FolderServer, tmp_path: Path,
-    s3_server: str,  # noqa: F811
+    s3_server: str,
 ) -> None:  # fmt: skip
     """A remote shard in another order, a rank with other rows, or a second download of a shard."""
     url = server.url
@@ -299,7 +298,7 @@ def test_a_web_server_is_read_without_listing(
 
 def test_wrong_addresses_and_permissions_are_named(
     server: FolderServer, remote: Dataset, monkeypatch: pytest.MonkeyPatch,
-    s3_server: str,  # noqa: F811
+    s3_server: str,
 ) -> None:  # fmt: skip
     """A traceback of a network library, or half a minute of retries for a wrong name."""
     from dist import transfer

@@ -13,7 +13,6 @@ import pytest
 
 from dist.errors import ConfigError, SetupError
 from dist.storage import Storage
-from tests.s3_server import s3_server  # noqa: F401
 
 
 @pytest.fixture(params=["file", "memory", "s3"])
@@ -133,7 +132,7 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_object_store_leases_are_exclusive_under_contention(
-    s3_server: str,  # noqa: F811
+    s3_server: str,
 ) -> None:
     """A check followed by a write lets two drivers in; the conditional PUT does not."""
     wins: list[int] = []

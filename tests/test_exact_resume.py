@@ -23,7 +23,7 @@ import torch
 from dist.dataset import Dataset
 from dist.order import Order
 from tests.make_dataset import write_dataset
-from tests.rank_processes import World, processes_of, train
+from tests.rank_processes import World, processes_of, train, watches
 from tests.same_run import assert_same_run, last_attempts, lines
 
 ROOT = Path(__file__).parent.parent
@@ -330,7 +330,7 @@ def hit(victim: str, front: subprocess.Popen[str], family: list[int]) -> None:
     found = [
         pid
         for pid in family
-        if (victim == f"rank {rank_of(pid)}")
+        if (victim == f"rank {rank_of(pid)}" and not watches(pid))
         or (victim == "agent" and rank_of(pid) < 0 and "launch.agent" in words_of(pid))
     ]
     assert len(found) == 1, (victim, [words_of(pid) for pid in family])
