@@ -26,6 +26,7 @@ FIGURES = {
     "checkpoint": "--steps 50 --repeat 3",
     "guard_meter": "--steps 40 --repeat 3",
     "compile": "--steps 20 --repeat 1",
+    "restart": "--repeat 1",
     "plan_memory": "",
     "status": "",
     "reliability": "--trials 1",
@@ -35,7 +36,7 @@ FIGURES = {
 }
 NOT_HERE = 4
 """Exit code of a benchmark that needs another machine."""
-NEED_DATA = ("step", "checkpoint", "guard_meter", "compile", "plan_memory")
+NEED_DATA = ("step", "checkpoint", "guard_meter", "compile", "restart", "plan_memory")
 
 
 def machine() -> str:

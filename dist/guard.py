@@ -54,6 +54,8 @@ class GuardConfig:
     """Times that a run goes back; then it ends."""
     rollback_skip_steps: int = 1
     """Steps whose rows a rollback leaves out, from the bad one on."""
+    check_replicas_every: int = 100
+    """Steps between comparisons of the replicas' weights, bit for bit (ddp, hsdp, tp); 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("spike_factor", "loss_spike_factor"):
@@ -63,8 +65,9 @@ class GuardConfig:
         for name in ("max_skips", "window_steps", "rollback_skip_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"guard.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_rollbacks < 0:
-            raise ConfigError(f"guard.max_rollbacks is {self.max_rollbacks}; it must be 0 or more")
+        for name in ("max_rollbacks", "check_replicas_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"guard.{name} is {getattr(self, name)}; it must be 0 or more")
 
 
 def check_guard(config: GuardConfig, strategy: str) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, Trainer
 
 from dist.attention import describe_attention
 from dist.checkpoint_callback import Checkpoints
 from dist.compile import Compile, decide_compile
 from dist.config import parse_config
 from dist.dataset import Dataset
-from dist.drain import die_with_launcher, end_if_peer_lost, end_process
+from dist.drain import StopFlag, die_with_launcher, end_if_peer_lost, end_process
 from dist.errors import ConfigError
 from dist.guard import Guard
 from dist.loader import TokenLoader
@@ -27,10 +27,11 @@ from dist.numerics import Numerics
 from dist.order import OrderState
 from dist.precision import Precision, decide_precision
 from dist.ranks import Ranks
+from dist.replica_check import ReplicaCheck
 from dist.run_dir import RunDir
 from dist.run_guard import RunGuard, run_attempts
 from dist.run_recorder import RunRecorder
-from dist.start import Start
+from dist.start import Start, summary_line
 from dist.start_watch import cancel_start_watch, watch_start
 from dist.strategies import StepTimeout
 from dist.watchdog import Watchdog
@@ -104,7 +105,29 @@ def run_callbacks(
     )  # fmt: skip
     timeout = StepTimeout(config.parallel.step_timeout_s)
     numerics = Numerics(run, start.attempt, kernels)
-    return recorder, [recorder, numerics, acting, checkpoints, timeout, *watching]
+    replicas = ReplicaCheck(recorder, config)
+    return recorder, [recorder, numerics, acting, replicas, checkpoints, timeout, *watching]
+
+
+def end_of_run(
+    run: RunDir, start: Start, config: Any, ranks: Ranks, recorder: RunRecorder, module: Any,
+    trainer: Trainer, stop: StopFlag, *, precision: Precision, seconds: float,
+) -> int:  # fmt: skip
+    """Write the attempt's outcome and the closing line; the exit code."""
+    facts = {
+        **recorder.facts(module),
+        "seconds": seconds,
+        "ranks": ranks.world_size,
+        "strategy": config.parallel.strategy,
+        "precision": str(precision),
+        "data": start.data,
+    }
+    completed = facts["step"] >= facts["max_steps"]
+    if ranks.is_first:
+        status = "completed" if completed else "stopped"
+        run.write_outcome(start.attempt, status, **facts)
+        print(f"{run.path}: {status}: {summary_line(facts)}")
+    return 0 if completed or (trainer.fast_dev_run and not stop()) else stop.exit_code
 
 
 def main_of(

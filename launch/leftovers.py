@@ -8,11 +8,9 @@ works on the run is among them.
 from __future__ import annotations
 
 import os
-import signal
-import time
 from pathlib import Path
 
-from launch.processes import TAG
+from launch.processes import TAG, end_processes
 
 RUN, NODE = "LEYDEN_RUN", "LEYDEN_NODE"
 GRACE_S = 15.0
@@ -59,18 +57,12 @@ def ancestors() -> set[int]:
 
 def end_leftovers_of(run: str, node: str = "", grace_s: float = GRACE_S) -> list[str]:
     """SIGTERM, which ranks answer with a checkpoint, then SIGKILL; what it ended, one line each."""
-    first = leftovers(run, node)
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    commands: dict[int, str] = {}
+
+    def find() -> set[int]:
         left = leftovers(run, node)
-        for pid in left:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                pass
-        until = time.monotonic() + grace_s
-        while left and time.monotonic() < until:
-            time.sleep(0.1)
-            left = leftovers(run, node)
-        if not left:
-            break
-    return [f"process {pid} ({command[:100]})" for pid, command in first.items()]
+        commands.update(left)
+        return set(left)
+
+    end_processes(find, grace_s)
+    return [f"process {pid} ({command[:100]})" for pid, command in commands.items()]

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,22 +61,26 @@ def tagged_processes(tag: str) -> list[int]:
 
 
 def end_leftovers(tag: str, grace_s: float = LEFTOVER_GRACE_S) -> int:
-    """End what a command left behind by SIGTERM, after `grace_s` by SIGKILL; how many it was."""
-    first = tagged_processes(tag)
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        left = tagged_processes(tag)
+    """End what a command left behind; how many processes it was."""
+    return len(end_processes(lambda: tagged_processes(tag), grace_s))
+
+
+def end_processes(find: Callable[[], Collection[int]], grace_s: float) -> Collection[int]:
+    """End what `find` finds by SIGTERM, what is there after `grace_s` by SIGKILL; what it was."""
+    first = left = find()
+    for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in left:
             try:
-                os.kill(pid, sent)
+                os.kill(pid, number)
             except ProcessLookupError:
                 pass
         until = time.monotonic() + grace_s
         while left and time.monotonic() < until:
             time.sleep(0.05)
-            left = tagged_processes(tag)
+            left = find()
         if not left:
             break
-    return len(first)
+    return first
 
 
 class _Forwarder:

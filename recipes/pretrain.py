@@ -57,7 +57,7 @@ from dist.run_dir import RunDir
 from dist.sharding import ParallelConfig, arrange, shard_fsdp
 from dist.start import DataConfig, failure_recorded, start_run, summary_line
 from dist.strategies import LeydenEnvironment, make_strategy
-from dist.training import MAY_CHANGE, decide_numerics, main_of, run_callbacks
+from dist.training import MAY_CHANGE, decide_numerics, end_of_run, main_of, run_callbacks
 from dist.training_step import ValidationLoss, clip_and_judge, scaled_loss
 from dist.watchdog import WatchdogConfig, watch_run
 from recipes import llama
@@ -308,20 +308,10 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
             trainer.fit(module, loader, validation)
         except StopRun:
             pass
-        facts = {
-            **recorder.facts(module),
-            "seconds": time.monotonic() - started,
-            "ranks": ranks.world_size,
-            "strategy": config.parallel.strategy,
-            "precision": str(numeric.precision),
-            "data": start.data,
-        }
-        completed = facts["step"] >= facts["max_steps"]
-        if ranks.is_first:
-            status = "completed" if completed else "stopped"
-            run.write_outcome(start.attempt, status, **facts)
-            print(f"{run.path}: {status}: {summary_line(facts)}")
-        return 0 if completed or (trainer.fast_dev_run and not stop()) else stop.exit_code
+        return end_of_run(
+            run, start, config, ranks, recorder, module, trainer, stop,
+            precision=numeric.precision, seconds=time.monotonic() - started,
+        )  # fmt: skip
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,10 @@ if rank == 0:
     time.sleep(60 if Path("wait").exists() or not Path("fine").exists() else 0)
 elif Path("wait").exists():
     time.sleep(60)
+elif Path("hungry").exists():
+    held = []
+    while True:
+        held.append(b"x" * (64 << 20))
 elif not Path("fine").exists():
     def deep():
         raise RuntimeError("broken on purpose")
@@ -51,10 +55,10 @@ elif not Path("fine").exists():
 """
 
 
-def start(place: Path, *words: str) -> subprocess.Popen[str]:
+def start(place: Path, *words: str, before: Sequence[str] = ()) -> subprocess.Popen[str]:
     """`leyden train` of the script above, as a run called first, on two ranks."""
     (place / "mine.py").write_text(SCRIPT.format(root=str(ROOT)))
-    command = [sys.executable, "-m", "launch.cli", "train", "mine.py", "--nproc", "2"]
+    command = [*before, sys.executable, "-m", "launch.cli", "train", "mine.py", "--nproc", "2"]
     return subprocess.Popen(
         [*command, "--run", "first", *words], cwd=place, text=True, start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -253,6 +257,31 @@ def test_a_node_out_of_memory_is_told(tmp_path: Path) -> None:
     assert "oom_kill" in describe_ranks({0: -9}, {}, 1)[0]["how"]
     assert "oom_kill" not in describe_ranks({0: -9}, {}, 0)[0]["how"]
     assert "oom_kill" not in describe_ranks({0: -11}, {}, 1)[0]["how"]
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A control group of 1.5 GB, by cgroup v1 or v2."""
+    old, new = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    group = (old if old.is_dir() else new) / f"leyden-test-{os.getpid()}"
+    limit = "memory.limit_in_bytes" if old.is_dir() else "memory.max"
+    try:
+        group.mkdir()
+        (group / limit).write_text("1500000000")
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    yield group
+    group.rmdir()
+
+
+def test_the_kernel_ends_a_rank_for_memory(tmp_path: Path, small_memory: Path) -> None:
+    """The same by the kernel itself: counters that do not count here, a rank that is not named."""
+    (tmp_path / "hungry").touch()
+    join = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(small_memory)]
+    with start(tmp_path, "--max-restarts", "0", before=join) as front:
+        _, err = front.communicate(timeout=120)
+    assert front.returncode != 0
+    assert "rank 1" in err and "killed by SIGKILL; the node ran out of memory: oom_kill" in err, err
 
 
 def test_the_first_failure_is_not_a_consequence(tmp_path: Path) -> None:
