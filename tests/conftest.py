@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,26 @@ def s3_server() -> Iterator[str]:
 
     with running_server() as url:
         yield url
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """small_disk("6m"): a file system of that size of its own, one a test; needs root."""
+    mount = tmp_path / "disk"
+    mounted = False
+
+    def make(size: str) -> Path:
+        nonlocal mounted
+        mount.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "leyden-test", str(mount)]
+        if shutil.which("mount") is None:
+            pytest.skip("no mount command")
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a tmpfs needs root: {done.stderr.strip()}")
+        mounted = True
+        return mount
+
+    yield make
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(mount)], check=True)

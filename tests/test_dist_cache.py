@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -275,38 +274,34 @@ def test_two_runs_share_the_limit(
 
 
 def test_a_full_disk_is_an_error_with_sizes(
-    server: FolderServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: FolderServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_disk: Callable[[str], Path],
 ) -> None:
     """ENOSPC as a traceback or as a half-written shard; and a full disk of old shards is none."""
     monkeypatch.setattr(cache_module, "ROOM_TIMEOUT_S", 0.2)
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "leyden-test", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a tmpfs needs root")
-    try:
-        shards = make_shards(tmp_path / "data", 6, 600_000)
-        storage = Storage(server.url)
-        # A limit that the disk does not have: the disk itself decides.
-        cache = NodeCache(disk / "cache", 1 << 30)
-        for shard in shards:
-            with cache.acquire(storage, shard) as lease:
-                assert lease.path.read_bytes() == served(server, shard)
-        assert cache.folder.evicted >= 3
-        (disk / "ballast").write_bytes(b"x" * 100_000)
-        held = [cache.acquire(storage, shard) for shard in shards[-3:]]
-        with pytest.raises(SetupError, match="no room for.*MB of at most.*free"):
-            cache.acquire(storage, shards[0])
-        assert not list((disk / "cache").glob("*.part"))
-        for lease in held:
-            lease.release()
-        # Without a limit: what is free, but for a margin.
-        free = NodeCache(disk / "cache")
-        assert 1_000_000 < free.folder.limit_bytes < 2_000_000
-        with free.acquire(storage, shards[0]) as lease:
-            assert lease.path.read_bytes() == served(server, shards[0])
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    disk = small_disk("2m")
+    shards = make_shards(tmp_path / "data", 6, 600_000)
+    storage = Storage(server.url)
+    # A limit that the disk does not have: the disk itself decides.
+    cache = NodeCache(disk / "cache", 1 << 30)
+    for shard in shards:
+        with cache.acquire(storage, shard) as lease:
+            assert lease.path.read_bytes() == served(server, shard)
+    assert cache.folder.evicted >= 3
+    (disk / "ballast").write_bytes(b"x" * 100_000)
+    held = [cache.acquire(storage, shard) for shard in shards[-3:]]
+    with pytest.raises(SetupError, match="no room for.*MB of at most.*free"):
+        cache.acquire(storage, shards[0])
+    assert not list((disk / "cache").glob("*.part"))
+    for lease in held:
+        lease.release()
+    # Without a limit: what is free, but for a margin.
+    free = NodeCache(disk / "cache")
+    assert 1_000_000 < free.folder.limit_bytes < 2_000_000
+    with free.acquire(storage, shards[0]) as lease:
+        assert lease.path.read_bytes() == served(server, shards[0])
 
 
 def test_a_boot_ends_trust(

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -206,29 +206,16 @@ def test_an_export_of_damaged_shards_is_refused(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["data"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "leyden-test", str(mount)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a tmpfs needs root")
-    try:
-        yield mount
-    finally:
-        subprocess.run(["umount", "-l", str(mount)], check=True)
-
-
 def test_a_full_disk_leaves_nothing_half_published(
-    tmp_path: Path, tokenizer: Path, small_disk: Path
+    tmp_path: Path, tokenizer: Path, small_disk: Callable[[str], Path]
 ) -> None:
     """A manifest over cut shards, or half an export under its final name."""
+    disk = small_disk("1m")
     big = write_dataset(tmp_path / "big", seq_len=512, documents=800, longest=2000)
     with pytest.raises(SetupError, match=r"the export takes about .* GB free"):
-        export_dataset(big, "megatron", small_disk / "out", progress=False)
+        export_dataset(big, "megatron", disk / "out", progress=False)
     export_dataset(big, "megatron", tmp_path / "out", progress=False)
-    plan = ImportPlan(format="megatron", source=tmp_path / "out", output=str(small_disk / "in"),
+    plan = ImportPlan(format="megatron", source=tmp_path / "out", output=str(disk / "in"),
                       tokenizer=str(tokenizer), seq_len=512, shard_size_mib=0.3)  # fmt: skip
     with pytest.raises(OSError, match="No space left"):
         import_tokens(plan, progress=False)
