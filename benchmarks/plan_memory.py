@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan_memory --data DATASET [--config tiny] [--device h100]
 
-One rank, four steps; on a GPU the peak is torch.cuda.max_memory_allocated, on a CPU the peak of
+One rank, eight steps; on a GPU the peak is torch.cuda.max_memory_allocated, on a CPU the peak of
 what the profiler sees allocated. Prints the plan, the measurement and the ratio.
 """
 
@@ -59,7 +59,7 @@ def measure(config: Any) -> Measured:
 
     before = Pretrain.on_before_optimizer_step
     handle = register_optimizer_step_post_hook(look)
-    config = replace(config, max_steps=4, save_every_steps=0, async_save=False, val_rows=1)
+    config = replace(config, max_steps=8, save_every_steps=0, async_save=False, val_rows=1)
     activities = [torch.profiler.ProfilerActivity.CPU]
     profiler = torch.profiler.profile(activities=activities, profile_memory=True)
     # Not the hook above: DeepSpeed's optimizers step once a group.

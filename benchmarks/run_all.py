@@ -24,7 +24,7 @@ FIGURES = {
     "remote": "--mb 512 --repeat 1 --global-steps 2",
     "step": "--steps 40 --repeat 2",
     "checkpoint": "--steps 50 --repeat 3",
-    "guard_meter": "--steps 40 --repeat 3",
+    "guard_meter": "--repeat 3",
     "compile": "--steps 20 --repeat 1",
     "restart": "--repeat 1",
     "plan_memory": "",

@@ -25,8 +25,8 @@ def cpu_device(ranks: int) -> Device:
             name="cpu",
             kind="cpu",
             memory_gib=_memory_bytes() / ranks / _GIB,
-            bf16_flops=_matmul_rate(torch.bfloat16, 128),
-            fp32_flops=_matmul_rate(torch.float32, 768),
+            bf16_flops=matmul_flops(torch.bfloat16, 128),
+            fp32_flops=matmul_flops(torch.float32, 768),
             memory_bytes_per_s=_copy_rate(),
             node_bytes_per_s=_LOOPBACK_BYTES_PER_S,
             network_bytes_per_s=_LOOPBACK_BYTES_PER_S,
@@ -40,7 +40,8 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _matmul_rate(dtype: torch.dtype, size: int) -> float:
+def matmul_flops(dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of the best of many square matmuls on this process's threads; about 0.3 s."""
     one = torch.ones(size, size, dtype=dtype)
     return 2.0 * size**3 / _best_s(lambda: torch.mm(one, one))
 
@@ -52,11 +53,13 @@ def _copy_rate() -> float:
     return 2.0 * source.nbytes / _best_s(lambda: target.copy_(source))
 
 
-def _best_s(work: Callable[[], object], tries: int = 5) -> float:
+def _best_s(work: Callable[[], object], tries: int = 5, for_s: float = 0.3) -> float:
+    """At least `tries` times and `for_s` seconds: other threads may be busy for a moment."""
     work()
-    best = float("inf")
-    for _ in range(tries):
+    best, until, done = float("inf"), time.perf_counter() + for_s, 0
+    while done < tries or time.perf_counter() < until:
         started = time.perf_counter()
         work()
         best = min(best, time.perf_counter() - started)
+        done += 1
     return best

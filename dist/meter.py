@@ -10,7 +10,6 @@ shorter reaches of packed documents.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +19,13 @@ from torch import Tensor
 
 from dist.devices import device_of_name
 from dist.errors import ConfigError
+from dist.local_device import matmul_flops
 
 PEAK_SOURCE = "the maker's data sheet, dense"
 # Shares of a step from which on something other than computing is worth naming.
 DATA_BOUND = 0.05
 COMMUNICATION_BOUND = 0.20
 INTERRUPTED = 0.10
-_MATMUL_SIZE = 768
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +106,7 @@ def device_peak(device: torch.device, dtype: torch.dtype, config: MeterConfig) -
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return named_peak(name, dtype)
-    flops = matmul_flops(dtype)
+    flops = matmul_flops(dtype, 768)
     threads = torch.get_num_threads()
     return Peak(flops=flops, source=f"a {dtype} matmul measured on {threads} threads of this rank")
 
@@ -123,18 +122,6 @@ def named_peak(name: str, dtype: torch.dtype) -> Peak:
         source = f"{device.name} has no bf16 units; set meter.peak_tflops"
         return Peak(flops=0.0, source=source)
     return Peak(flops=device.bf16_flops, source=f"{device.name}: {PEAK_SOURCE}")
-
-
-def matmul_flops(dtype: torch.dtype, repeat: int = 5) -> float:
-    """FLOP/s of the best of a few square matmuls on this process's threads; about 0.05 s."""
-    size = _MATMUL_SIZE
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    best_s = float("inf")
-    for _ in range(repeat):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best_s = min(best_s, time.perf_counter() - start)
-    return 2 * size**3 / best_s
 
 
 def mfu(tokens_per_s: float, flops: float, peak: Peak, num_devices: int) -> float | None:

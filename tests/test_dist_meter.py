@@ -11,13 +11,13 @@ import torch
 
 from dist.dataset import Dataset
 from dist.errors import ConfigError
+from dist.local_device import matmul_flops
 from dist.meter import (
     MeterConfig,
     Peak,
     Speed,
     device_peak,
     held_up_by,
-    matmul_flops,
     mfu,
     named_peak,
     token_flops,
@@ -101,7 +101,7 @@ def test_peaks_are_found_by_name_and_unknown_ones_are_said() -> None:
 
 def test_a_cpus_peak_is_measured() -> None:
     """Without one a CPU run has no MFU at all, and nothing to compare with."""
-    assert 1e8 < matmul_flops(torch.float32, repeat=1) < 1e14
+    assert 1e8 < matmul_flops(torch.float32, 768) < 1e14
     peak = device_peak(torch.device("cpu"), torch.float32, MeterConfig())
     assert peak.flops > 0 and "measured" in peak.source
 

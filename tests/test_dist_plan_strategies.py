@@ -18,7 +18,7 @@ from dist.sharding import ParallelConfig
 from dist.step_time import message_seconds, step_time
 from recipes import plan as plan_recipe
 from recipes.llama import ModelConfig
-from tests.test_dist_memory_plan import CPU, config, planned
+from tests.test_dist_memory_plan import CPU, SCHEMA, config, planned
 
 # Layers that hold nearly all; every matrix is above what ZeRO-3 leaves whole.
 MODEL = ModelConfig(
@@ -137,9 +137,10 @@ def test_tensor_parallel_messages_are_waited_for() -> None:
     # Replicas average after the last backward, with nothing left to hide behind.
     replicas = plan_of(8, device=H100, strategy="tp", tp=2)
     sent = replicas.costs.messages["averaging gradients"]
-    assert sum(one.bytes for one in sent) == pytest.approx(
-        replicas.peak.categories[PARAMETERS], rel=0.03
-    )
+    # torch gives the gradient of a row-split embedding whole: the other rank's rows travel too.
+    other_rows = 4 * SCHEMA["vocab_size"] // 2 * MODEL.hidden_size
+    held = replicas.peak.categories[PARAMETERS]  # each tensor rounded up to 512 bytes
+    assert held + other_rows - 512 * 30 <= sum(one.bytes for one in sent) <= held + other_rows
     assert isinstance(sent[0], Message) and {one.ranks for one in sent} == {4}
 
 
