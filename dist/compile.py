@@ -39,8 +39,18 @@ class Compile:
         return f"{self.name} ({self.reason})" if self.reason else self.name
 
 
-def check_compile(name: CompileName, strategy: str) -> None:
+def check_compile(
+    name: CompileName, strategy: str, *, tp: int = 0, activation_checkpointing: str = "none"
+) -> None:
     """ConfigError where a mode cannot work with a strategy."""
+    split = strategy == "tp" or tp > 1
+    if name != "off" and split and activation_checkpointing != "none":
+        raise ConfigError(
+            f"compile {name} with activation_checkpointing {activation_checkpointing} under tensor "
+            "parallelism: torch 2.13 cannot partition such a block (AOTAutograd finds a DeviceMesh "
+            "among the tensors that a split layer saves); set activation_checkpointing none, or "
+            "compile off"
+        )
     if name == "model" and strategy != "ddp":
         raise ConfigError(
             f"compile model with parallel.strategy {strategy}: its hooks cut the graph at every "

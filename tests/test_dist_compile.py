@@ -163,3 +163,13 @@ def test_model_under_fsdp_is_refused() -> None:
         check_compile("model", "fsdp")
     check_compile("model", "ddp")
     check_compile("blocks", "fsdp")
+
+
+@pytest.mark.parametrize(("strategy", "tp"), [("tp", 0), ("fsdp", 2)])
+def test_checkpointing_of_split_layers_is_refused(strategy: str, tp: int) -> None:
+    """AOTAutograd's assertion, after the run has been queued and started."""
+    with pytest.raises(ConfigError, match="activation_checkpointing full under tensor paral"):
+        check_compile("blocks", strategy, tp=tp, activation_checkpointing="full")
+    check_compile("blocks", strategy, tp=tp)
+    check_compile("off", strategy, tp=tp, activation_checkpointing="full")
+    check_compile("blocks", "fsdp", tp=1, activation_checkpointing="full")

@@ -18,9 +18,11 @@ import torch
 
 from dist.compile import toolchain_problem
 from dist.dataset import Dataset
+from dist.errors import ConfigError
+from dist.guard import GuardConfig
 from tests.make_dataset import write_dataset
 from tests.run_ranks import run_ranks
-from tests.strategy_runs import Job, at_step, losses, play, tensors
+from tests.strategy_runs import Job, at_step, config, losses, play, tensors
 
 ALL = bool(os.environ.get("LEYDEN_ALL_CELLS"))
 DOC = Path(__file__).parent.parent / "docs" / "strategies.md"
@@ -41,11 +43,12 @@ STRATEGIES: dict[str, tuple[int, int, dict[str, Any]]] = {
 COMPILED = {"compile": "blocks", "backend": "aot_eager"}
 INDUCTOR = {"compile": "blocks"}
 COMPILE: dict[str, dict[str, Any]] = {
+    "tp 2, compiled": COMPILED,
     "ddp, compiled": COMPILED,
     "fsdp, compiled": COMPILED,
     **({} if not ALL or toolchain_problem(torch.device("cpu")) else {
         "ddp, compiled by inductor": INDUCTOR, "fsdp, compiled by inductor": INDUCTOR,
-        "hsdp 2x2, compiled by inductor": INDUCTOR, "tp 2, compiled by inductor": INDUCTOR,
+        "hsdp 2x2, compiled by inductor": INDUCTOR,
         "ddp, compiled by inductor as a whole": {"compile": "model"},
     }),
 }  # fmt: skip
@@ -57,13 +60,19 @@ CELLS = [
     (name, *pair)
     for name in STRATEGIES
     for number, pair in enumerate(PAIRS)
-    if (number == 0 or (ALL and number < 3)) and name != "ZeRO-2, offload"
+    if (number == 0 or (ALL and number < 3)) and name not in ("ZeRO-2, offload", "tp 2, compiled")
 ]
-CELLS += [("ZeRO-2, offload", "none", 2)]
+CELLS += [("ZeRO-2, offload", "none", 2), ("tp 2, compiled", "none", 2)]
 if ALL:
     # One pair is enough for the slow ones.
     CELLS = [cell for cell in CELLS if "inductor" not in cell[0] or cell[1:] == PAIRS[0]]
 CELLS = [cell for cell in CELLS if re.search(os.environ.get("LEYDEN_CELLS", ""), cell[0])]
+# What a config refuses, and a part of the reason.
+REFUSED = {
+    ("tp 2, compiled", "full", 2): "torch 2.13 cannot partition such a block",
+    ("fsdp, compiled as a whole", "none", 1): "its hooks cut the graph at every block",
+    ("ZeRO-2, skipping bad steps", "none", 1): "its engine applies the update itself",
+}
 # What sums in another order cost in 20 steps of fp32, relative; ten times what was measured.
 FIRST_LOSSES, ALL_LOSSES, WEIGHTS, MOMENTS = 1e-5, 1e-5, 1e-4, 1e-4
 measured: dict[Any, tuple[float, ...]] = {}
@@ -136,6 +145,21 @@ def test_dropout_is_the_same_within_a_tensor_parallel_group(runs: Path) -> None:
     assert losses(runs / "dropout-1") != losses(folder_of(runs, REFERENCE))
 
 
+@pytest.mark.parametrize("cell", REFUSED, ids=str)
+def test_what_cannot_work_is_refused(cell: tuple[str, str, int]) -> None:
+    """Refused in the table and trained all the same, or an error of torch's in the first step."""
+    name, checkpointing, _ = cell
+    changes = {
+        "tp 2, compiled": {"parallel": {"strategy": "tp"}, "compile": "blocks"},
+        "fsdp, compiled as a whole": {"parallel": {"strategy": "fsdp"}, "compile": "model"},
+        "ZeRO-2, skipping bad steps": {
+            "parallel": ZERO["ZeRO-2"], "guard": GuardConfig(policy="skip"),
+        },
+    }[name]  # fmt: skip
+    with pytest.raises(ConfigError, match=REFUSED[cell]):
+        config("data", "run", {**changes, "activation_checkpointing": checkpointing})
+
+
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     """Shows what was measured; docs/strategies.md holds the table of one full run."""
     if not measured:
@@ -150,6 +174,8 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         rows.append(
             f"| {name} | {STRATEGIES[name][0]} | {checkpointing} | {accumulation} | {apart} |"
         )
+    for (name, checkpointing, accumulation), reason in REFUSED.items():
+        rows.append(f"| {name} | 2 | {checkpointing} | {accumulation} | refused: {reason} | | | |")
     with capsys.disabled():
         print("\n" + "\n".join(rows))
     if os.environ.get("LEYDEN_WRITE_MATRIX"):
