@@ -133,12 +133,14 @@ def free_port() -> int:
     raise RuntimeError("no free port")
 
 
-def start_node(work: Path, rank: int, port: int, log: Any) -> subprocess.Popen[bytes]:
+def start_node(
+    work: Path, rank: int, port: int, log: Any, nnodes: str = "2"
+) -> subprocess.Popen[bytes]:
     """`leyden train` as one of two nodes; both are on this machine, with addresses of their own."""
     return subprocess.Popen(
         [
             sys.executable, "-m", "launch.cli", "train", "pretrain", "--config", "small.yaml",
-            "--run", "first", "--nproc", "1", "--nnodes", "2", "--rdzv", f"127.0.1.1:{port}",
+            "--run", "first", "--nproc", "1", "--nnodes", nnodes, "--rdzv", f"127.0.1.1:{port}",
             "--node-rank", str(rank), "--local-addr", f"127.0.1.{rank + 1}",
             "--join-timeout", "120",
         ],
@@ -196,6 +198,55 @@ def test_two_nodes_go_on_after_a_killed_rank(tmp_path: Path) -> None:
     untouched = tmp_path / "untouched"
     assert train(data, untouched, 2, changes, timeout_s=200) == [0, 0]
     assert_same_run(run, untouched)
+
+
+@pytest.mark.timeout(600)
+def test_a_lost_node_of_one_to_two_is_gone_on_without(tmp_path: Path) -> None:
+    """MIN:MAX that needs MAX again after a node is lost, or batches that depend on the nodes."""
+    data = write_dataset(
+        tmp_path / "data", documents=40, num_train_shards=2, with_tokenizer=False
+    ).storage.url
+    changes = {"max_steps": 200, "save_every_steps": SAVE_EVERY, "keep": 3, "val_every_steps": 0}
+    (tmp_path / "small.yaml").write_text(to_yaml(config(data, Path("x"), **changes)))
+    run, port = tmp_path / "runs" / "first", free_port()
+    logs = [open(tmp_path / f"node{rank}.log", "wb") for rank in (0, 1)]  # noqa: SIM115
+    fronts = [start_node(tmp_path, rank, port, logs[rank], "1:2") for rank in (0, 1)]
+
+    def said() -> str:
+        return "\n".join((tmp_path / f"node{rank}.log").read_text()[-3000:] for rank in (0, 1))
+
+    def ranks_since(attempt: int) -> set[int]:
+        found = lines(run / "order.jsonl")
+        return {line["ranks"] for line in found if line["attempt"] >= attempt}
+
+    try:
+        until = time.monotonic() + 240
+        while not (len(lines(run / "consumed.jsonl")) >= SAVE_EVERY + 2):
+            assert time.monotonic() < until and fronts[0].poll() is None, said()
+            time.sleep(0.02)
+        assert ranks_since(0) == {2}, said()
+        # The whole node: its front, its agent, its rank, what watches it.
+        for pid in processes_of(str(run)):
+            if environ(pid).get("LEYDEN_NODE") == "127.0.1.2" or pid == fronts[1].pid:
+                os.kill(pid, signal.SIGKILL)
+        fronts[1].kill()
+        while not [one for one in lines(run / "consumed.jsonl") if one["attempt"] >= 1]:
+            assert time.monotonic() < until and fronts[0].poll() is None, said()
+            time.sleep(0.1)
+        assert ranks_since(1) == {1}
+        fronts[0].send_signal(signal.SIGINT)
+        assert fronts[0].wait(timeout=120) == 75, said()
+    finally:
+        for front in fronts:
+            front.kill()
+            front.wait()
+        for pid in processes_of(str(run)):
+            os.kill(pid, signal.SIGKILL)
+        for log in logs:
+            log.close()
+    # Attempts overlap by what was not saved; each step has its own rows, whoever took it.
+    rows = {(one["step"], one["t0"], one["t1"]) for one in lines(run / "consumed.jsonl")}
+    assert rows == {(step, 8 * step, 8 * step + 8) for step in range(len(rows))}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

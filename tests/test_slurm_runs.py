@@ -88,6 +88,8 @@ def test_drain_requeue_and_go_on(
     slurm.command("scancel", "--signal=USR1", "--batch", run.job)
     wait_for(lambda: run.read("attempts/0/end.json"), 60, f"drained: {run.said()}")
     took_s = time.monotonic() - since
+    wait_for(lambda: slurm.state(run.job) == "PENDING", 20, "requeued")
+    requeued_s = time.monotonic() - since
     stopped = run.read("attempts/0/outcome.json")
     assert stopped["status"] == "stopped" and 12 <= stopped["step"] < STEPS
     end = run.read("attempts/0/end.json")
@@ -96,9 +98,9 @@ def test_drain_requeue_and_go_on(
     last = [(run.folder / f"steps-0-{rank}").read_text().split()[-1] for rank in range(4)]
     assert last == [str(stopped["step"] - 1)] * 4, "step spread"
     run.assert_gone(0)
-    wait_for(lambda: slurm.state(run.job) == "PENDING", 20, "requeued")
     assert "waiting to be requeued" in run.leyden("status", "run").stdout
     run.wait_steps(1, 1)
+    again_s = time.monotonic() - since
     assert run.steps_of(1)[0] == stopped["step"], "lost steps"
     run.wait_ended("COMPLETED")
     assert slurm.job(run.job)["ExitCode"] == "0:0"
@@ -112,7 +114,10 @@ def test_drain_requeue_and_go_on(
     assert "run: completed" in status and "stopped on request" in status, status
     assert "recorded.py" not in run.leyden("logs", "run").stdout
     assert f"from step {stopped['step']}" in run.leyden("logs", "run", "--rank", "0").stdout
-    print(f"drain to durable checkpoint: {took_s:.1f} s")
+    print(
+        f"from USR1: durable checkpoint {took_s:.1f} s, requeued {requeued_s:.1f} s, first new "
+        f"step {again_s:.1f} s (with Slurm's own wait before a requeued job starts)"
+    )
 
 
 def test_killed_processes(
