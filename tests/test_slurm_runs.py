@@ -79,7 +79,7 @@ def test_drain_requeue_and_go_on(
     run = SlurmRun(slurm, tmp_path, dataset.storage.url, steps=STEPS)
     own = tmp_path / "recorded.py"
     own.write_text(RECORDED)
-    run.submit("recorded.py", "--log.to", '["tensorboard"]')
+    run.submit("recorded.py", "--log.to", '["tensorboard", "wandb"]')
     own.write_text("raise SystemExit('the copy of the submit must run, not this')\n")
     run.wait_steps(0, 12)
     second = run.try_submit("recorded.py")
@@ -108,7 +108,10 @@ def test_drain_requeue_and_go_on(
     run.assert_gone(1)
     # One identity over the requeue: one curve, under the run's own id.
     run_id = run.read("run.json")["run_id"]
-    assert run.read("loggers.json") == {"tensorboard": run_id}
+    assert run.read("loggers.json") == {"tensorboard": run_id, "wandb": run_id}
+    # Two attempts, without a key: two folders of one id, which `wandb sync` joins.
+    offline = list((run.folder / "loggers/wandb").glob(f"offline-run-*-{run_id}"))
+    assert len(offline) == 2 and all(list(one.glob("*.wandb")) for one in offline)
     assert [path.name for path in (run.folder / "loggers/tensorboard").iterdir()] == [run_id]
     status = run.leyden("status", "run").stdout
     assert "run: completed" in status and "stopped on request" in status, status
