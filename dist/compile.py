@@ -43,13 +43,18 @@ def check_compile(
     name: CompileName, strategy: str, *, tp: int = 0, activation_checkpointing: str = "none"
 ) -> None:
     """ConfigError where a mode cannot work with a strategy."""
-    split = strategy == "tp" or tp > 1
-    if name != "off" and split and activation_checkpointing != "none":
+    if name != "off" and strategy == "tp":
         raise ConfigError(
-            f"compile {name} with activation_checkpointing {activation_checkpointing} under tensor "
-            "parallelism: torch 2.13 cannot partition such a block (AOTAutograd finds a DeviceMesh "
-            "among the tensors that a split layer saves); set activation_checkpointing none, or "
-            "compile off"
+            f"compile {name} with parallel.strategy tp: torch 2.13 loses the layout of gradients "
+            "between compiled blocks whose layers are split ('Tensor' object has no attribute "
+            "'_local_tensor'); use fsdp with parallel.tp, or compile off"
+        )
+    if name != "off" and tp > 1 and activation_checkpointing != "none":
+        raise ConfigError(
+            f"compile {name} with activation_checkpointing {activation_checkpointing} and "
+            f"parallel.tp {tp}: torch 2.13 cannot partition such a block (AOTAutograd finds a "
+            "DeviceMesh among the tensors that a split layer saves); set activation_checkpointing "
+            "none, or compile off"
         )
     if name == "model" and strategy != "ddp":
         raise ConfigError(
