@@ -178,9 +178,9 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
             f"| {name} | {STRATEGIES[name][0]} | {checkpointing} | {accumulation} | {apart} |"
         )
     for (name, checkpointing, accumulation), reason in REFUSED.items():
-        rows.append(
-            f"| {name} | {4 if '2x2' in name else 2} | {checkpointing} | {accumulation} | refused: {reason} | | | |"
-        )
+        ranks = 4 if "2x2" in name else 2
+        told = f"refused: {reason} | | | |"
+        rows.append(f"| {name} | {ranks} | {checkpointing} | {accumulation} | {told}")
     with capsys.disabled():
         print("\n" + "\n".join(rows))
     if os.environ.get("LEYDEN_WRITE_MATRIX"):
