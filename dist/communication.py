@@ -39,7 +39,7 @@ def why_not_measured(strategy: str, tp: int, compiled: bool) -> str:
     """'' if a strategy's communication can be measured here."""
     if strategy == "deepspeed":
         return "DeepSpeed's engine communicates on its own"
-    if compiled and (tp > 1 or strategy == "tp"):
+    if compiled and tp > 1:
         return "compiled blocks hold the collectives of tensor parallelism in their graphs"
     return ""
 
