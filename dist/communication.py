@@ -35,12 +35,10 @@ _BLOCKING: tuple[tuple[Any, str], ...] = (
 _STREAM_WAIT = (torch.cuda.Stream, "wait_event")
 
 
-def why_not_measured(strategy: str, tp: int, compiled: bool) -> str:
+def why_not_measured(strategy: str) -> str:
     """'' if a strategy's communication can be measured here."""
     if strategy == "deepspeed":
         return "DeepSpeed's engine communicates on its own"
-    if compiled and tp > 1:
-        return "compiled blocks hold the collectives of tensor parallelism in their graphs"
     return ""
 
 

@@ -58,9 +58,7 @@ class Monitor(Callback):
         self._flops = pl_module.token_flops()
         self._peak = device_peak(trainer.strategy.root_device, self._dtype, self._config)
         self._started = self._said = time.monotonic()
-        parallel = pl_module.config.parallel
-        compiled = getattr(getattr(pl_module, "compiled", None), "name", "off") != "off"
-        self._not_measured = why_not_measured(parallel.strategy, parallel.tp, compiled)
+        self._not_measured = why_not_measured(pl_module.config.parallel.strategy)
         by_clock = trainer.world_size > 1 and not isinstance(trainer.model, DistributedDataParallel)
         if by_clock and not self._not_measured:
             self._clock = CommunicationClock(trainer.strategy.root_device)

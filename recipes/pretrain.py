@@ -134,10 +134,7 @@ class Config:
             object.__setattr__(self, "compile", "off")
         check_activation_checkpointing(self.activation_checkpointing)
         check_precision(self.precision, strategy, self.optim.stochastic_rounding)
-        check_compile(
-            self.compile or "off", strategy, tp=self.parallel.tp,
-            activation_checkpointing=self.activation_checkpointing,
-        )  # fmt: skip
+        check_compile(self.compile or "off", strategy, self.parallel.tp)
         check_micro_batch(self.micro_batch, strategy)
         check_guard(self.guard, strategy)
 

@@ -113,6 +113,5 @@ def test_a_slow_peer_raises_the_number(
 
 def test_what_is_not_measured_says_why() -> None:
     """A share of 0 for a strategy whose waiting nobody sees."""
-    assert why_not_measured("fsdp", 1, True) == "" and why_not_measured("tp", 2, False) == ""
-    assert "DeepSpeed" in why_not_measured("deepspeed", 1, False)
-    assert "graphs" in why_not_measured("fsdp", 2, True)
+    assert why_not_measured("fsdp") == "" and why_not_measured("tp") == ""
+    assert "DeepSpeed" in why_not_measured("deepspeed")
