@@ -97,6 +97,7 @@ def hit(work: Path, name: str, nproc: int, who: str, signum: int, at: int) -> di
     try:
         wait_for(lambda: len(run.steps(0)) >= at, f"step {at}")
         victim = run.front.pid if who == "front" else run.pid(who)
+        old = set(processes_of(str(run.folder))) - {run.front.pid}  # all of this attempt
         since = time.monotonic()
         os.kill(victim, signum)
         if stopping or who == "agent":
@@ -107,7 +108,6 @@ def hit(work: Path, name: str, nproc: int, who: str, signum: int, at: int) -> di
                 return {"told": told, "lost": run.steps(0)[-1] + 1 - outcome["step"], "left": left}
             return {"told": told, "left": left}
         said = wait_for(lambda: "failed first" in run.log.read_text(), "who failed first")
-        old = {pid for pid in processes_of(str(run.folder)) if pid != run.front.pid}
         again = wait_for(lambda: run.steps(1), "the next attempt's first step")
         return {
             "told": said - since, "again": again - since,
