@@ -33,6 +33,7 @@ FLOORS: dict[int, set[str]] = {
         *{
             "bundle",
             "example_file",
+            "example_lengths",
             "examples",
             "pack_index",
             "checkpoint_folder",
