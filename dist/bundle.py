@@ -110,9 +110,9 @@ def rows_of_bundle(record: dict[str, Any]) -> list[RowRef]:
     ]
 
 
-def _config_of(path: Path) -> dict[str, Any]:
+def read_bundle_config(path: Path | str) -> dict[str, Any]:
     """The resolved config that lies in a bundle; {} where it was taken away."""
-    folder = path if path.is_dir() else path.parent
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
     try:
         return dict(json.loads((folder / "config.json").read_bytes()))
     except (OSError, ValueError):
@@ -128,7 +128,7 @@ def replay_bundle(path: Path | str, *, data: str = "", rank: int | None = None) 
     reference = record["data"]
     if data and not reference.startswith(MIXED):
         reference = f"{data.partition('@')[0]}@{reference.rpartition('@')[2]}"
-    dataset = rows_as_trained(open_dataset(reference), _config_of(Path(path)))
+    dataset = rows_as_trained(open_dataset(reference), read_bundle_config(path))
     split = dataset.split(TRAIN)
     listed = [row for row in record["rows"] if rank is None or row["rank"] == rank]
     if not listed:

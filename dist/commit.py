@@ -53,6 +53,15 @@ def publish_template(storage: Storage, template: str) -> str:
     return digest
 
 
+def publish_lengths(storage: Storage, lengths: bytes) -> str:
+    """Keep the lengths of examples (dist/example_lengths.py); returns their digest."""
+    digest = hashlib.sha256(lengths).hexdigest()
+    name = f"lengths/{digest}.arrow"
+    if storage.size(name) != len(lengths) or not storage.renew(name):
+        storage.write_atomic(name, lengths)
+    return digest
+
+
 def publish_quarantine(storage: Storage, local: Path) -> str:
     """Publish a file of refused rows under its content's name; returns the name."""
     name = f"quarantine/{file_digest(local)}.parquet"
@@ -73,13 +82,17 @@ def find_job(storage: Storage, job_digest: str) -> str | None:
         manifest = Manifest.from_json(storage.read(f"manifests/{digest}.json"))
     except (FileNotFoundError, KeyError, ValueError):
         return None
-    complete = manifest.data_digest == digest and not missing_shards(storage, manifest)
+    complete = manifest.data_digest == digest and not missing_files(storage, manifest)
     return digest if complete else None
 
 
-def missing_shards(storage: Storage, manifest: Manifest) -> list[str]:
-    """What is wrong with the shards' presence and size, a line each; empty if nothing is."""
+def missing_files(storage: Storage, manifest: Manifest) -> list[str]:
+    """Which shards are missing or of another size, and whether the lengths are; a line each."""
     problems = []
+    if (lengths := manifest.lengths_digest) is not None:
+        name = f"lengths/{lengths}.arrow"
+        if retried(lambda: storage.size(name), f"{storage.url}/{name}") is None:
+            problems.append(f"{name} is missing")
     names = [f"shards/{shard.name}" for shard in manifest.shards]
     if storage.is_local:
         sizes = [storage.size(name) for name in names]
@@ -107,7 +120,7 @@ def commit_dataset(
     # The lease first: gc under a newer lease may delete shards, and the check must come after that.
     if lease is not None:
         lease.check()
-    problems = missing_shards(storage, manifest)
+    problems = missing_files(storage, manifest)
     if problems:
         raise DataRefused("not committed, as published files are gone: " + "; ".join(problems[:5]))
     data, digest = manifest.to_json(), manifest.data_digest

@@ -114,8 +114,6 @@ def _facts_by_path(record: dict[str, Any]) -> dict[str, list[Any]]:
 def _documents(a: Dataset, b: Dataset, shared: set[str], progress: bool) -> dict[str, Any]:
     """Documents, by (split, input path, offset), that only one of the two holds."""
     for one in (a, b):
-        if one.manifest.kind != "packed_tokens":
-            return {"unknown": f"documents of kind {one.manifest.kind!r} cannot be compared"}
         if one.storage.local_path("") is None:
             return {"unknown": f"{one.storage.url} is remote, and its rows are not read"}
     # Input numbers of two versions mean the same only where the lists of inputs are equal.
@@ -161,10 +159,13 @@ def _of_shard(dataset: Dataset, shard: Shard, listed: list[tuple[str, str]]) -> 
         reader = pa.ipc.open_file(source)
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
-            inputs.append(batch.column("doc_input").values.to_numpy())
-            offsets.append(batch.column("doc_offset").values.to_numpy())
+            numbers, places = batch.column("doc_input"), batch.column("doc_offset")
+            if pa.types.is_list(numbers.type):  # of examples one origin a row
+                numbers, places = numbers.values, places.values
+            inputs.append(numbers.to_numpy())
+            offsets.append(places.to_numpy())
         pairs = np.unique(np.stack([np.concatenate(inputs), np.concatenate(offsets)]), axis=1)
-        del inputs, offsets, batch, reader
+        del inputs, offsets, numbers, places, batch, reader
     names = [listed[i][0] if i < len(listed) else f"input {i}" for i in pairs[0].tolist()]
     splits = pa.array([shard.split] * len(names), pa.string())
     return pa.table(

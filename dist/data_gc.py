@@ -1,4 +1,5 @@
-"""Deletes what no version of a dataset refers to: shards, tokenizers, refused rows, torn writes.
+"""Deletes what no version of a dataset refers to: shards, tokenizers, lengths, refused rows,
+torn writes.
 
 Never what a manifest in manifests/ names, never a file younger than the age, and never while a
 job writes: gc holds the same lease as a job. A job that lost its lease is safe by the age, as
@@ -20,10 +21,11 @@ from dist.manifest import Manifest
 from dist.storage import Storage
 
 OLDER_THAN = "7d"
-FOLDERS = ("shards", "tokenizers", "quarantine")
+FOLDERS = ("shards", "tokenizers", "lengths", "quarantine")
 _TEMPORARY_IN = (*FOLDERS, "manifests", "provenance", "jobs", "")
 _OURS = re.compile(
-    r"shards/[0-9a-f]{32}\.arrow|tokenizers/[0-9a-f]{64}\.json|quarantine/[0-9a-f]{32}\.parquet"
+    r"shards/[0-9a-f]{32}\.arrow|tokenizers/[0-9a-f]{64}\.json|lengths/[0-9a-f]{64}\.arrow|"
+    r"quarantine/[0-9a-f]{32}\.parquet"
 )
 # Those of the lease are other processes that ask for it, at any moment and without it.
 _TEMPORARY = re.compile(r"(.*/)?\.(?!lease\.json)[^/]+\.[0-9a-f]{8}\.tmp")
@@ -138,6 +140,7 @@ def references(storage: Storage) -> tuple[set[str], int]:
         digests.add(manifest.data_digest)
         names |= {name} | {f"shards/{shard.name}" for shard in manifest.shards}
         names.add(f"tokenizers/{manifest.tokenizer_digest}.json")
+        names.add(f"lengths/{manifest.lengths_digest}.arrow")
     _check_latest(storage, digests)
     return names | _quarantine_files(storage, digests), len(digests)
 

@@ -118,9 +118,15 @@ def parent_chain(provenance: dict[str, Any]) -> list[dict[str, Any]]:
 
 def unread(dataset: Dataset) -> str:
     """Why the rows of a dataset are not counted here; '' if they are."""
-    if dataset.is_remote:
-        return "the dataset is remote: tokens are not counted, as every shard would be fetched"
-    return ""
+    if not dataset.is_remote:
+        return ""
+    note = (
+        "the dataset is remote: rows and tokens are the manifest's, and which tokens there are is "
+        "not counted, as every shard would be fetched"
+    )
+    if dataset.manifest.kind == "examples" and dataset.manifest.lengths_digest is None:
+        note += "; a sample fetches them all, as there is no table of lengths (--samples 0)"
+    return note
 
 
 def scan(dataset: Dataset, max_rows: int = SCAN_ROWS) -> Scan:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dist.cache import CacheConfig, Lease, NodeCache, node_cache
 from dist.data_pin import is_pin, read_pin
 from dist.errors import ConfigError, DataRefused
+from dist.example_lengths import parse_lengths
 from dist.manifest import Manifest, Shard, parse_reference
 from dist.shard_file import PackedShard
 from dist.storage import Storage
@@ -105,18 +106,44 @@ class Dataset:
         digest = self.manifest.tokenizer_digest
         if digest is None:
             raise DataRefused(f"the dataset {self.storage.url} was written without a tokenizer")
-        name = f"tokenizers/{digest}.json"
+        return self._read_named(f"tokenizers/{digest}.json", digest, "tokenizer")
+
+    def read_template(self) -> str:
+        """Chat template that made the text; DataRefused if it is missing or another."""
+        digest = str(self.manifest.schema["template_digest"])
+        return self._read_named(f"templates/{digest}.jinja", digest, "chat template").decode()
+
+    def read_lengths(self) -> dict[str, list[NDArray[np.unsignedinteger]]] | None:
+        """By split the tokens of each example, (rows,) of each shard; None if they were not kept.
+
+        DataRefused if the file is missing or damaged.
+        """
+        digest = self.manifest.lengths_digest
+        if digest is None:
+            return None
+        name = f"lengths/{digest}.arrow"
+        data = self._read_named(name, digest, "table of lengths")
+        parts = parse_lengths(data, self.manifest.shards, f"{self.storage.url}/{name}")
+        found: dict[str, list[NDArray[np.unsignedinteger]]] = {}
+        for shard, lengths in zip(self.manifest.shards, parts, strict=True):
+            found.setdefault(shard.split, []).append(lengths)
+        return found
+
+    def _read_named(self, name: str, digest: str, what: str) -> bytes:
+        """A small file that is named by its SHA-256; DataRefused if it is missing or another."""
+        url = f"{self.storage.url}/{name}"
         try:
             data = _read(self.storage, name)
         except FileNotFoundError:
             raise DataRefused(
-                f"the tokenizer of the dataset is missing: {self.storage.url}/{name}"
+                f"the {what} of the dataset is missing: {url}; restore it, or run the prep job "
+                "again"
             ) from None
         found = hashlib.sha256(data).hexdigest()
         if found != digest:
             raise DataRefused(
-                f"{self.storage.url}/{name} is another tokenizer: its SHA-256 is {found}; "
-                "restore the file, or run the prep job again"
+                f"{url} is another {what}: its SHA-256 is {found}; restore the file, or run the "
+                "prep job again"
             )
         return data
 
@@ -251,8 +278,9 @@ def mix(names: Sequence[str], parts: Sequence[Dataset]) -> MixedDataset:
             for key, count in counts.items():
                 into[key] += count
     manifest = dataclasses.replace(
-        first, shards=tuple(s for part in parts for s in part.manifest.shards), totals=totals
-    )
+        first, shards=tuple(s for part in parts for s in part.manifest.shards), totals=totals,
+        lengths_digest=None,  # of each part alone
+    )  # fmt: skip
     listed = [[name, part.data_digest] for name, part in zip(names, parts, strict=True)]
     digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     return MixedDataset(

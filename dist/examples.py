@@ -8,6 +8,7 @@ are packed one by one, which costs at most a part of a row each and keeps the or
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,11 +28,22 @@ I64 = NDArray[np.int64]
 
 
 class ExampleRows:
-    """A shard of examples, opened as rows of `width` tokens; stands in for PackedShard."""
+    """A shard of examples, opened as rows of `width` tokens; stands in for PackedShard.
 
-    def __init__(self, path: Path, index: PackIndex, width: int) -> None:
+    lengths: those that the index was made of, (examples,); DataRefused if the shard has others.
+    """
+
+    def __init__(
+        self, path: Path, index: PackIndex, width: int, lengths: NDArray[np.integer]
+    ) -> None:
         self._shard, self._index, self._width = ExampleShard(path), index, width
         self.num_rows = index.num_rows
+        if not np.array_equal(self._shard.lengths(), lengths):
+            self._shard.close()
+            raise DataRefused(
+                f"the examples of {path} have other lengths than the dataset's table of lengths "
+                "tells; run the prep job again"
+            )
 
     def read_row(self, row: int, out: NDArray[np.unsignedinteger]) -> I32:
         """Copy a row's tokens into `out` (width,) and return its examples' lengths."""
@@ -80,12 +92,14 @@ class ExampleSplit(SplitTable):
 
     packs: tuple[PackIndex, ...]
     """Of each shard."""
+    lengths: tuple[NDArray[np.integer], ...]
+    """Of the examples of each shard, (examples,)."""
     width: int
     num_tokens: int
 
     def open_shard(self, number: int, path: Path) -> Any:
         """Shard `number`, which lies at `path`, as rows."""
-        return ExampleRows(path, self.packs[number], self.width)
+        return ExampleRows(path, self.packs[number], self.width, self.lengths[number])
 
     def rows_of_records(self, number: int, records: NDArray[np.integer]) -> I64:
         """Rows of the split that hold the given examples of shard `number`, ascending."""
@@ -105,6 +119,8 @@ class ExampleDataset(Dataset):
     seq_len: int
     made: dict[str, ExampleSplit] = field(default_factory=dict, compare=False, repr=False)
     """Splits that were made already."""
+    table: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The table of lengths, once it was read."""
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -112,7 +128,10 @@ class ExampleDataset(Dataset):
         return {**self.manifest.schema, "seq_len": self.seq_len}
 
     def split(self, name: str) -> ExampleSplit:
-        """The rows of one split; reads the length of every example of it the first time."""
+        """The rows of one split; the first time, the length of every example of it is read.
+
+        From the table of lengths, or where the dataset has none from every shard.
+        """
         if name not in self.made:
             self.made[name] = self._make(name)
         return self.made[name]
@@ -121,10 +140,8 @@ class ExampleDataset(Dataset):
         width = self.seq_len + 1
         shards = self.manifest.shards_of(name)
         packs, tokens = [], 0
-        for shard in shards:
-            opened = ExampleShard(self.shard_path(shard))
-            lengths = opened.lengths()
-            opened.close()
+        told = self.lengths_of(name)
+        for shard, lengths in zip(shards, told, strict=True):
             if len(lengths) != shard.rows or lengths.min() < 1:
                 raise DataRefused(
                     f"{shard.name} is damaged: it tells of {len(lengths)} examples, the shortest "
@@ -149,8 +166,21 @@ class ExampleDataset(Dataset):
         row_start = np.concatenate(([0], np.cumsum([pack.num_rows for pack in packs])))
         return ExampleSplit(
             name=name, shards=shards, row_start=row_start.astype(np.int64), packs=tuple(packs),
-            width=width, num_tokens=tokens,
+            lengths=tuple(told), width=width, num_tokens=tokens,
         )  # fmt: skip
+
+    def lengths_of(self, name: str) -> Sequence[NDArray[np.integer]]:
+        """Of the examples of each shard of a split, (examples,) each."""
+        if self.manifest.lengths_digest is not None:
+            if not self.table:
+                self.table.update(self.read_lengths() or {})
+            return self.table[name]
+        found = []
+        for shard in self.manifest.shards_of(name):
+            opened = ExampleShard(self.shard_path(shard))  # a remote one is fetched
+            found.append(opened.lengths())
+            opened.close()
+        return found
 
     def describe(self, name: str) -> str:
         """A split's rows in one line, with what padding costs."""

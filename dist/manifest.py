@@ -66,16 +66,21 @@ class Manifest:
     shards: tuple[Shard, ...]
     totals: dict[str, dict[str, int]]
     """Per split: rows, documents, tokens, targets (of examples: trained tokens)."""
+    lengths_digest: str | None = None
+    """Of examples: SHA-256 of lengths/<digest>.arrow (dist/example_lengths.py). None in versions
+    written before there was one; the manifest file then lacks the key."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise DataRefused(f"kind {self.kind!r} is unknown; this version reads {list(KINDS)}")
         if not self.shards:
             raise DataRefused("the manifest lists no shard; a dataset has at least one row")
-        if self.tokenizer_digest is not None and not re.fullmatch(
-            r"[0-9a-f]{64}", self.tokenizer_digest
-        ):
-            raise DataRefused(f"tokenizer digest {self.tokenizer_digest!r} is not a SHA-256")
+        for what in ("tokenizer", "lengths"):
+            digest = getattr(self, f"{what}_digest")
+            if digest is not None and not re.fullmatch(r"[0-9a-f]{64}", digest):
+                raise DataRefused(f"{what} digest {digest!r} is not a SHA-256")
+        if self.lengths_digest is not None and self.kind != "examples":
+            raise DataRefused(f"lengths of examples are named by a dataset of kind {self.kind}")
         self._check_schema()
         rows: dict[str, int] = {}
         for shard in self.shards:
@@ -126,6 +131,8 @@ class Manifest:
     def to_json(self) -> bytes:
         """The manifest file, byte for byte: sorted keys, one space of indent, ASCII, newline."""
         record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        if self.lengths_digest is None:
+            del record["lengths_digest"]  # or versions without it would get another name
         return (json.dumps(record, sort_keys=True, indent=1) + "\n").encode("ascii")
 
     @classmethod
@@ -156,10 +163,12 @@ class Manifest:
 
 
 def _check_keys(what: str, record: Any, cls: type) -> None:
-    known = {field.name for field in dataclasses.fields(cls)}
+    fields = dataclasses.fields(cls)
+    known = {field.name for field in fields}
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
     if not isinstance(record, dict):
         raise DataRefused(f"{what} is a {type(record).__name__}, not an object")
-    unknown, missing = sorted(set(record) - known), sorted(known - set(record))
+    unknown, missing = sorted(set(record) - known), sorted(needed - set(record))
     if unknown:
         raise DataRefused(
             f"{what} holds unknown keys {unknown}; a newer Leyden may have written it"

@@ -203,8 +203,8 @@ class ShardsAhead:
         with self._changed:
             if not self._pins:
                 return False
-            # A dict keeps the order in which they were planned.
-            number = next(reversed(self._pins))
+            # A dict keeps the order in which they were planned; fetched they are in any order.
+            number = next(n for n in reversed(self._last_step) if n in self._pins)
             lease = self._pins.pop(number)
         lease.release()
         return True

@@ -19,6 +19,7 @@ from dist.mixture import Mixture, integer_weights, with_stage
 from dist.run_dir import RunDir
 from dist.run_history import read_config
 from dist.skips import Skips
+from dist.stages import open_as_begun
 from dist.windowed import OrderMode, block_rows_of
 
 MIXTURE = "mixture.jsonl"
@@ -98,7 +99,12 @@ def open_sources(run: RunDir, identity: dict[str, Any] | None, data: Any) -> Mix
             "without it give it weight 0"
         )
     names = [*known, *(name for name in urls if name not in known)]
-    parts = [open_dataset(urls[name], data.cache()) for name in names]
+    parts = [
+        open_as_begun(urls[name], known[name]["data_digest"], data.cache())
+        if name in known
+        else open_dataset(urls[name], data.cache())
+        for name in names
+    ]
     for name, part in zip(names, parts, strict=True):
         if name in known and part.data_digest != known[name]["data_digest"]:
             raise DataRefused(

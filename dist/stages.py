@@ -8,14 +8,18 @@ dataset that the run began with, here `first`; the derived shards' numbers follo
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dist.cache import CacheConfig
+from dist.data_pin import is_pin
 from dist.dataset import Dataset, open_dataset
-from dist.errors import DataRefused
+from dist.errors import ConfigError, DataRefused
+from dist.manifest import parse_reference
 from dist.order import Order
 from dist.run_dir import RunDir
 from dist.skips import Skips, merge_ranges
@@ -63,6 +67,7 @@ class DerivedOrder:
     """An order over the first dataset's rows, renumbered for a derived one without `removed`."""
 
     def __init__(self, order: Any, removed: list[int]) -> None:
+        """order: a SkippingOrder; removed: ascending."""
         self._order, self._removed = order, np.array(removed, np.int64)
         self.num_rows = order.num_rows - len(removed)
         self.lanes: int = getattr(order, "lanes", 1)
@@ -78,6 +83,16 @@ class DerivedOrder:
     def at(self, t: I64) -> tuple[I64, I64]:
         """(epoch, row of the derived dataset) of samples t (k,)."""
         return self._renumbered(*self._order.at(t))
+
+    def live_shards(self, t: int, lanes: Any = None) -> I64:
+        """As WindowedOrder.live_shards, by number in the derived dataset's table.
+
+        Which lacks the shards that held removed rows alone.
+        """
+        table = self._order.stream.row_start
+        kept = np.diff(np.searchsorted(self._removed, table)) < np.diff(table)
+        live = self._order.live_shards(t, lanes)
+        return (np.cumsum(kept) - 1)[live[kept[live]]]
 
     def _renumbered(self, epoch: I64, rows: I64) -> tuple[I64, I64]:
         before = np.searchsorted(self._removed, rows)
@@ -119,6 +134,13 @@ def begin_stage(run: RunDir, identity: dict[str, Any], target: str, t: int, skip
             f"{run.path} trains on, {current[:12]} (its parent: {record.get('parent')}); only "
             "such a version can be switched to"
         )
+    asked = identity.get("config", {}).get("data", {}).get("packing", "packed")
+    if dataset.manifest.kind == "examples" and asked == "packed":
+        raise ConfigError(
+            f"the run {run.path} packs examples into rows, and without some of them it would pack "
+            f"others: it cannot go on in its order. Begin a run with --data.url {target}; runs "
+            "with data.packing padded can be switched"
+        )
     removed = first_numbers(record["removed"]["rows"], stages.removed)
     run.append(
         STAGES,
@@ -140,16 +162,38 @@ def first_numbers(rows: list[int], removed: list[int]) -> list[int]:
     return found
 
 
+def open_as_begun(url: str, digest: str, cache: CacheConfig | None = None) -> Dataset:
+    """What `url` names for a run that began with version `digest`: a LATEST that moved is not
+    followed while that version is there. Says so; a caller refuses what is another version.
+    """
+    given = open_dataset(url, cache)
+    place, prefix = parse_reference(url)
+    if given.data_digest == digest or prefix is not None or is_pin(place):
+        return given
+    try:
+        begun = open_dataset(f"{place}@{digest}", cache)
+    except (ConfigError, DataRefused):
+        return given
+    print(
+        f"data: {place} has a newer version, {given.data_digest[:12]}; the run goes on with "
+        f"{digest[:12]}, which it began with",
+        file=sys.stderr,
+    )
+    return begun
+
+
 def open_run_dataset(run: RunDir, identity: dict[str, Any] | None, url: str) -> Dataset:
     """The dataset that a run trains on now: of its newest stage, or at `url`.
 
     `url` may name any version that the run was on.
     """
     stages = read_stages(run)
-    if identity is None or stages.digest is None:
+    if identity is None:
         return open_dataset(url)
+    given = open_as_begun(url, identity["data_digest"])
+    if stages.digest is None:
+        return given
     known = {identity["data_digest"], *(line["data_digest"] for line in stages.lines)}
-    given = open_dataset(url)
     if given.data_digest not in known:
         return given  # refused by the caller, by both names
     return open_dataset(stages.lines[-1]["data"])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import xxhash
 
-from dist.commit import missing_shards
+from dist.commit import missing_files
 from dist.dataset import Dataset, SplitTable
 from dist.errors import DataRefused
 from dist.local_files import write_atomic
@@ -42,8 +42,8 @@ class VerifyReport:
 
 
 def check_presence(dataset: Dataset) -> None:
-    """Manifest, tokenizer, and every shard's presence and size; DataRefused lists what is wrong."""
-    problems = missing_shards(dataset.storage, dataset.manifest)
+    """Tokenizer, lengths, and every shard's presence and size; DataRefused lists what is wrong."""
+    problems = missing_files(dataset.storage, dataset.manifest)
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise DataRefused(
@@ -52,6 +52,7 @@ def check_presence(dataset: Dataset) -> None:
         )
     if dataset.manifest.tokenizer_digest is not None:
         dataset.read_tokenizer()
+    dataset.read_lengths()
 
 
 def wrong_bytes(path: Path, shard: Shard, found: str = "") -> str:

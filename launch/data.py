@@ -56,7 +56,7 @@ def verify(arguments: list[str]) -> int:
         "reference", metavar="REF", help=f"{REFERENCE_HELP}; or the folder of an exported model"
     )
     parser.add_argument(
-        "--presence", action="store_true", help="only names, sizes and the tokenizer; fast"
+        "--presence", action="store_true", help="names, sizes, tokenizer and lengths only; fast"
     )
     options = parser.parse_args(arguments)
     from dist.dataset import open_dataset

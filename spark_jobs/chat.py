@@ -24,10 +24,17 @@ from typing import Any, Literal
 
 import fsspec
 
-from dist.commit import commit_dataset, publish_template, publish_tokenizer, target_lease
+from dist.commit import (
+    commit_dataset,
+    publish_lengths,
+    publish_template,
+    publish_tokenizer,
+    target_lease,
+)
 from dist.config import parse_config
 from dist.errors import ConfigError, run_main
 from dist.example_file import example_rows_per_batch
+from dist.example_lengths import lengths_file
 from dist.manifest import Manifest
 from dist.storage import Storage
 from dist.tokenizer import tokenizer_digest
@@ -43,14 +50,14 @@ from spark_jobs.bookkeeping import (
 from spark_jobs.chat_tasks import chat_tokens, judge, judge_sample, stage_1, stage_2
 from spark_jobs.chat_template import load_template
 from spark_jobs.chat_tokens import ChatRules, TrainedTurns
-from spark_jobs.example_writer import ExamplePlan
+from spark_jobs.example_writer import ExamplePlan, lengths_of
 from spark_jobs.records import Rules
 from spark_jobs.sources import InputFile, describe_inputs, list_inputs
 from spark_jobs.tokenize_tasks import Transform, num_buckets
 from spark_jobs.tokenize_text import sample_texts
 from spark_jobs.two_stages import run_two_stages
 
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 """Raise when the same inputs and config would give other bytes."""
 _MIB = 1 << 20
 
@@ -143,16 +150,23 @@ def run(config: Config) -> str:
         plan, schema = plan_transform(config, files, rules, tokenizer_json)
         messages = _run_spark(config, files, tokenizer_json, plan, rules, schema)
         counters, quarantine, shards = check_messages(messages, plan)
+        lengths = [lengths_of(one) for one in shards]
         balance({
             "trained tokens made = written": (
                 counters["targets"], sum(one["targets"] for one in shards)
-            )
+            ),
+            "tokens made = sum of lengths": (
+                counters["tokens"], sum(int(one.sum(dtype="int64")) for one in lengths)
+            ),
         })  # fmt: skip
         judge(counters, rules)
         fraction = config.max_quarantine_fraction
         check_yield("messages", fraction, counters, quarantine, storage.url)
         schema["template_digest"] = publish_template(storage, template.text)
-        manifest = manifest_of("examples", schema, semantic["tokenizer"], shards, plan)
+        manifest = replace(
+            manifest_of("examples", schema, semantic["tokenizer"], shards, plan),
+            lengths_digest=publish_lengths(storage, lengths_file(lengths, config.max_length)),
+        )
         publish_tokenizer(storage, tokenizer_json)
         ended = time.time()
         provenance = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from dist.commit import publish_shard
 from dist.example_file import Example, ExampleShardWriter
@@ -49,6 +50,11 @@ def example_of(payload: bytes, number: int, offset: int) -> Example:
     )
 
 
+def lengths_of(message: dict[str, Any]) -> NDArray[np.uint32]:
+    """(rows,) tokens of each example of the shard that a message tells of."""
+    return np.frombuffer(message["lengths"], "<u4")
+
+
 class ExampleBucketWriter:
     """Writes one bucket's examples into shards; its state is the open shard."""
 
@@ -58,6 +64,7 @@ class ExampleBucketWriter:
         self._writer: ExampleShardWriter | None = None
         self._k = 0
         self._facts: Counter[str] = Counter()
+        self._lengths: list[int] = []
 
     def add(self, rows: pa.RecordBatch) -> Iterator[dict[str, Any]]:
         """Write rows of ROW_SCHEMA; yields the message of each shard that they filled."""
@@ -82,6 +89,7 @@ class ExampleBucketWriter:
         self._writer.write(example)
         self._facts["documents"] += 1
         self._facts["tokens"] += len(example.tokens)
+        self._lengths.append(len(example.tokens))
         self._facts["targets"] += example.num_targets
 
     @property
@@ -101,6 +109,8 @@ class ExampleBucketWriter:
             "rows": shard.rows,
             "bytes": shard.bytes,
             **{name: self._facts[name] for name in ("documents", "tokens", "targets")},
+            "lengths": np.array(self._lengths, "<u4").tobytes(),
         }
         self._writer, self._facts, self._k = None, Counter(), self._k + 1
+        self._lengths = []
         return message

@@ -4,7 +4,9 @@
     leyden train pretrain ... --switch_data DATASET@DIGEST      # the run goes on with it
 
 No Spark is started: only the shards that hold such rows are written anew, all others are taken
-as they are. The rows that stay keep their order, so that a run can go on in its own order.
+as they are. The rows that stay keep their order, so that a run can go on in its own order. Of
+examples, all that share the rows are left out; what is left would be packed into other rows, so a
+run goes on only where an example is a row (data.packing padded).
 """
 
 from __future__ import annotations
@@ -12,26 +14,40 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dist.bundle import read_bundle
-from dist.commit import commit_dataset, find_job, publish_shard, publish_tokenizer, target_lease
+from dist.bundle import read_bundle, read_bundle_config
+from dist.commit import (
+    commit_dataset,
+    find_job,
+    publish_lengths,
+    publish_shard,
+    publish_template,
+    publish_tokenizer,
+    target_lease,
+)
 from dist.config import parse_config
-from dist.dataset import Dataset, open_dataset
+from dist.dataset import MIXED, Dataset, MixedDataset, open_dataset
 from dist.errors import ConfigError, run_main
-from dist.manifest import Shard, digest_of
+from dist.example_file import ExampleShard, ExampleShardWriter
+from dist.example_lengths import lengths_file
+from dist.examples import ExampleDataset, ExampleSplit, rows_as_trained
+from dist.manifest import TOTALS, Shard, digest_of
 from dist.packing import PackedRows, num_targets
-from dist.shard_file import PackedShard, PackedShardWriter
+from dist.shard_file import PackedShard, PackedShardWriter, ShardFile
 from dist.storage import Storage
 from dist.versions import code_version
 
 TRANSFORM_VERSION = 1
 Totals = dict[str, int]
+Records = dict[int, NDArray[np.integer]]
+"""Number of a shard of train -> records of its file, ascending."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +63,8 @@ class Config:
     all: every row of the step."""
     data: str = ""
     """Where the bundle's dataset is now, if it was moved."""
+    source: str = ""
+    """Of a run on several sources: the one to write a version of."""
     reason: str = ""
     """For the provenance; by default what the guard said."""
 
@@ -67,18 +85,11 @@ def run(config: Config) -> str:
     if not config.bundle or not config.output:
         raise ConfigError("pass --from BUNDLE (runs/NAME/guard/step-<n>) and --output FOLDER")
     started = time.time()
-    record = read_bundle(config.bundle)
-    reference = record["data"]
-    if config.data:
-        reference = f"{config.data.partition('@')[0]}@{reference.rpartition('@')[2]}"
-    parent, storage = open_dataset(reference), Storage(config.output)
-    if parent.manifest.kind != "packed_tokens":
-        raise ConfigError(
-            f"{parent.reference} is of kind {parent.manifest.kind}: without a row all others would "
-            "be packed anew, and the run could not go on in its order. Leave the source's record "
-            "out of the input, write the dataset anew, and start another run"
-        )
-    removed = sorted({row["row"] for row in chosen_rows(record, config.rows)})
+    record, storage = read_bundle(config.bundle), Storage(config.output)
+    parent, rows = chosen(config, record)
+    records = records_of(parent, rows)
+    starts = np.cumsum([0, *(shard.rows for shard in parent.manifest.shards_of("train"))])
+    removed = [row for n in sorted(records) for row in (starts[n] + records[n]).tolist()]
     job = digest_of(
         {"job": "quarantine", "version": TRANSFORM_VERSION, "parent": parent.data_digest,
          "removed": removed}
@@ -86,13 +97,16 @@ def run(config: Config) -> str:
     done = find_job(storage, job)
     if done is None:
         with target_lease(storage) as lease:
-            shards, lost = write_shards(parent, storage, removed)
-            if parent.manifest.tokenizer_digest is not None:
-                publish_tokenizer(storage, parent.read_tokenizer())
+            shards, lost = write_shards(parent, storage, records)
+            publish_what_is_named(parent, storage)
             totals = {name: dict(counts) for name, counts in parent.manifest.totals.items()}
             for name, count in lost.items():
                 totals["train"][name] -= count
             manifest = replace(parent.manifest, shards=tuple(shards), totals=totals)
+            if isinstance(parent, ExampleDataset):
+                lengths = left_lengths(parent, records)
+                table = lengths_file(lengths, parent.manifest.schema["max_length"])
+                manifest = replace(manifest, lengths_digest=publish_lengths(storage, table))
             provenance = {
                 **_origin(parent), "job": "quarantine", "transform_version": TRANSFORM_VERSION,
                 "parent": parent.data_digest, "parent_reference": parent.reference,
@@ -103,21 +117,74 @@ def run(config: Config) -> str:
                 "ended": time.time(),
             }  # fmt: skip
             done = commit_dataset(storage, manifest, provenance, job, lease)
-    print(
-        f"{storage.url}@{done}: {len(removed)} rows of {parent.reference} left out; a run goes on "
-        f"with --switch_data {storage.url}@{done[:12]}"
-    )
+    then = f"a run goes on with --switch_data {storage.url}@{done[:12]}"
+    if isinstance(parent, ExampleDataset) and parent.packing == "packed":
+        then = f"packed rows change: begin a run with --data.url {storage.url}@{done[:12]}"
+    what = "examples" if isinstance(parent, ExampleDataset) else "rows"
+    print(f"{storage.url}@{done}: {len(removed)} {what} of {parent.reference} left out; {then}")
     return done
 
 
-def write_shards(
-    parent: Dataset, storage: Storage, removed: Sequence[int]
-) -> tuple[list[Shard], Totals]:
-    """Publish all shards without rows `removed` of train; (shards in order, what is lost)."""
+def chosen(config: Config, record: dict[str, Any]) -> tuple[Dataset, list[int]]:
+    """The dataset as the run of a bundle trained on it, and its rows of train to leave out."""
+    reference, rows = record["data"], chosen_rows(record, config.rows)
+    mixed = reference.startswith(MIXED)
+    if mixed and config.data or config.source and not mixed:
+        name, value = ("data", config.data) if mixed else ("source", config.source)
+        many = "several sources" if mixed else "one dataset"
+        raise ConfigError(f"--{name} {value}: the run of the bundle trains on {many}; leave it out")
+    if config.data:
+        reference = f"{config.data.partition('@')[0]}@{reference.rpartition('@')[2]}"
+    dataset = rows_as_trained(open_dataset(reference), read_bundle_config(config.bundle))
+    if not isinstance(dataset, MixedDataset):
+        return dataset, sorted({row["row"] for row in rows})
+    counts = Counter(row["source"] for row in rows)
+    if config.source not in counts:
+        listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+        raise ConfigError(
+            f"the run of the bundle trains on several sources, and --source {config.source!r} has "
+            f"none of the rows to leave out, which are of {listed}; name one, and write a version "
+            "of each"
+        )
+    part = dataset.parts[dataset.names.index(config.source)]
+    return part, sorted({row["source_row"] for row in rows if row["source"] == config.source})
+
+
+def records_of(parent: Dataset, rows: list[int]) -> Records:
+    """What the shard files hold of rows of train: of examples, those that share the rows."""
     split = parent.split("train")
-    number, local = split.locate(np.array(removed, np.int64))
+    number, local = split.locate(np.array(rows, np.int64))
+    found = {n: local[number == n] for n in set(number.tolist())}
+    if isinstance(split, ExampleSplit):
+        found = {
+            n: np.sort(np.concatenate([split.packs[n].examples_of(row) for row in of.tolist()]))
+            for n, of in found.items()
+        }
+    return found
+
+
+def left_lengths(parent: ExampleDataset, records: Records) -> list[NDArray[np.integer]]:
+    """Lengths of the examples of each shard of the derived version, in the manifest's order."""
+    by_split = {name: list(parent.lengths_of(name)) for name in parent.manifest.splits()}
+    for number, gone in records.items():
+        by_split["train"][number] = np.delete(by_split["train"][number], gone)
+    return [by_split[shard.split].pop(0) for shard in parent.manifest.shards]
+
+
+def publish_what_is_named(parent: Dataset, storage: Storage) -> None:
+    """Keep the parent's tokenizer and chat template beside the derived version too."""
+    if parent.manifest.tokenizer_digest is not None:
+        publish_tokenizer(storage, parent.read_tokenizer())
+    if parent.manifest.schema.get("template_digest") is not None:
+        publish_template(storage, parent.read_template())
+
+
+def write_shards(parent: Dataset, storage: Storage, records: Records) -> tuple[list[Shard], Totals]:
+    """Publish all shards without `records` of train; (shards in order, what is lost)."""
     lost: Totals = dict.fromkeys(("rows", "documents", "tokens", "targets"), 0)
-    by_shard = {split.shards[n].name: local[number == n] for n in set(number.tolist())}
+    train = parent.manifest.shards_of("train")
+    by_shard = {train[n].name: gone for n, gone in records.items()}
+    without = _without_examples if parent.manifest.kind == "examples" else _without
     shards = []
     with tempfile.TemporaryDirectory(prefix="leyden-quarantine-") as scratch:
         for shard in parent.manifest.shards:
@@ -126,20 +193,23 @@ def write_shards(
                 publish_shard(storage, path, shard.xxh3_128, shard.bytes)
                 shards.append(shard)
                 continue
-            made = _without(path, by_shard[shard.name], parent, Path(scratch), lost)
+            target = Path(scratch) / path.name
+            made = without(path, by_shard[shard.name], parent, target, lost)
             if made is not None:
-                name = publish_shard(storage, made[0], made[1].xxh3_128, made[1].bytes)
-                facts = {"rows": made[1].rows, "bytes": made[1].bytes}
+                name = publish_shard(storage, target, made.xxh3_128, made.bytes)
+                facts = {"rows": made.rows, "bytes": made.bytes}
                 shards.append(
-                    Shard(name=Path(name).name, xxh3_128=made[1].xxh3_128, split="train", **facts)
+                    Shard(name=Path(name).name, xxh3_128=made.xxh3_128, split="train", **facts)
                 )
     if not any(shard.split == "train" for shard in shards):
         raise ConfigError("no row of train would be left; nothing was committed")
     return shards, lost
 
 
-def _without(path: Path, rows: Any, parent: Dataset, scratch: Path, lost: Totals) -> Any:
-    """(file, ShardFile) of a shard without `rows` (k,); None if none is left. Adds to `lost`."""
+def _without(
+    path: Path, rows: NDArray[np.integer], parent: Dataset, target: Path, lost: Totals
+) -> ShardFile | None:
+    """Write a shard without `rows` (k,) to `target`; None if none is left. Adds to `lost`."""
     shard = PackedShard(path)
     gone = read_rows(shard, np.asarray(rows, np.int64))
     kept = read_rows(shard, np.setdiff1d(np.arange(shard.num_rows), rows))
@@ -152,14 +222,32 @@ def _without(path: Path, rows: Any, parent: Dataset, scratch: Path, lost: Totals
         return None
     schema = parent.manifest.schema
     known = ("format", "seq_len", "token_dtype")
-    target = scratch / path.name
     writer = PackedShardWriter(
         target, seq_len=schema["seq_len"], token_dtype=schema["token_dtype"],
         metadata={k: v for k, v in shard.metadata.items() if k not in known},
         rows_per_batch=schema["rows_per_batch"],
     )  # fmt: skip
     writer.write(kept)
-    return target, writer.close()
+    return writer.close()
+
+
+def _without_examples(
+    path: Path, records: NDArray[np.integer], parent: Dataset, target: Path, lost: Totals
+) -> ShardFile | None:
+    """As _without, of examples."""
+    shard, gone = ExampleShard(path), set(records.tolist())
+    writer = ExampleShardWriter(
+        target, metadata={k: v for k, v in shard.metadata.items() if k != "format"},
+        rows_per_batch=parent.manifest.schema["rows_per_batch"],
+    )  # fmt: skip
+    for row in range(shard.num_rows):
+        one = shard.read(row)
+        if row not in gone:
+            writer.write(one)
+            continue
+        for name, count in zip(TOTALS, (1, 1, len(one.tokens), one.num_targets), strict=True):
+            lost[name] += count
+    return writer.close() if writer.num_rows else None
 
 
 def read_rows(shard: PackedShard, rows: Any) -> PackedRows:

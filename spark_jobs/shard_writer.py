@@ -43,11 +43,11 @@ ROW_DDL = "bucket int, h long, key binary, input int, offset long, num_tokens in
 MESSAGE_SCHEMA = pa.schema(
     [("bucket", pa.int32()), ("k", pa.int32()), ("name", pa.string()), ("digest", pa.string())]
     + [(name, pa.int64()) for name in ("rows", "bytes", "documents", "tokens", "targets")]
-    + [("counters", pa.string())]
+    + [("counters", pa.string()), ("lengths", pa.binary())]
 )
 MESSAGE_DDL = (
     "bucket int, k int, name string, digest string, rows long, bytes long, documents long, "
-    "tokens long, targets long, counters string"
+    "tokens long, targets long, counters string, lengths binary"
 )
 # In the last bucket num_tokens says what the row is: counters, or -1 - index of the reason.
 COUNTERS_ROW = 0

@@ -43,6 +43,7 @@ def write_dataset(
     vocab_size: int = 300,
     documents: int = 60,
     longest: int = 40,
+    shortest: int = 1,
     num_train_shards: int = 3,
     rows_per_batch: int = 4,
     seed: int = 0,
@@ -58,7 +59,7 @@ def write_dataset(
     scratch = Path(storage.local_path("") or Path("/tmp"))
     scratch.mkdir(parents=True, exist_ok=True)
     for split, _ in plan:
-        lengths = rng.integers(1, longest + 1, documents)
+        lengths = rng.integers(shortest, longest + 1, documents)
         first = rng.integers(16, vocab_size, documents)
         docs = [
             16 + (f + 7 * np.arange(k)) % (vocab_size - 16)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from dist.commit import commit_dataset, publish_shard, publish_tokenizer
+from dist.commit import commit_dataset, publish_lengths, publish_shard, publish_tokenizer
 from dist.dataset import Dataset, open_dataset
 from dist.example_file import Example, ExampleShardWriter
+from dist.example_lengths import lengths_file
 from dist.manifest import TOTALS, Manifest, Shard
 from dist.storage import Storage
 from tests.make_dataset import tokenizer_json
@@ -33,15 +35,15 @@ def random_example(
 
 def write_examples(
     root: Path | str, *, vocab_size: int = 300, num_examples: int = 40, num_train_shards: int = 2,
-    seed: int = 0, longest: int = MAX_LENGTH,
+    seed: int = 0, longest: int = MAX_LENGTH, with_lengths: bool = True,
 ) -> Dataset:  # fmt: skip
-    """A dataset with its tokenizer; num_examples a shard."""
+    """A dataset with its tokenizer; num_examples a shard. Without lengths, as it was once."""
     storage, rng = Storage(str(root)), np.random.default_rng(seed)
     shards: list[Shard] = []
     totals: dict[str, dict[str, int]] = {}
     scratch = Path(storage.local_path("") or "")
     scratch.mkdir(parents=True, exist_ok=True)
-    number = 0
+    number, lengths = 0, []
     for split in [*["train"] * num_train_shards, "validation"]:
         path = scratch / ".scratch"
         writer = ExampleShardWriter(path, metadata={}, rows_per_batch=8)
@@ -49,6 +51,7 @@ def write_examples(
         for _ in range(num_examples):
             example = random_example(rng, vocab_size, number, longest)
             writer.write(example)
+            lengths.append(len(example.tokens))
             counts = (1, 1, len(example.tokens), example.num_targets)
             for name, count in zip(TOTALS, counts, strict=True):
                 sums[name] += count
@@ -68,6 +71,9 @@ def write_examples(
         shards=tuple(shards),
         totals=totals,
     )  # fmt: skip
+    if with_lengths:
+        table = lengths_file([np.array(lengths)], longest)
+        manifest = replace(manifest, lengths_digest=publish_lengths(storage, table))
     inputs = [{"path": f"input-{i}", "url": f"/x/input-{i}"} for i in range(3)]
     commit_dataset(storage, manifest, {"inputs": inputs}, f"{seed:064x}")
     return open_dataset(str(root))

@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
 SERVERS: list[Any] = []
 
 
-@contextmanager
-def watched_puts(refuse: Callable[[int, str], bool]) -> Iterator[list[str]]:
+def watched_puts(
+    refuse: Callable[[int, str], bool],
+) -> AbstractContextManager[list[str]]:
     """The server answers 403 to PUTs and POSTs for which refuse(number from 1, path) says so.
 
     Yields the paths of all of them, as they come.
     """
+    return _watched(("PUT", "POST"), refuse)
+
+
+def watched_gets(
+    refuse: Callable[[int, str], bool],
+) -> AbstractContextManager[list[str]]:
+    """As watched_puts, for GETs."""
+    return _watched(("GET",), refuse)
+
+
+@contextmanager
+def _watched(methods: tuple[str, ...], refuse: Callable[[int, str], bool]) -> Iterator[list[str]]:
     server, seen = SERVERS[-1]._server, []
     original = server.app
 
     def app(environ: dict[str, Any], start_response: Any) -> Any:
-        if environ["REQUEST_METHOD"] in ("PUT", "POST") and "delete" not in environ["QUERY_STRING"]:
+        if environ["REQUEST_METHOD"] in methods and "delete" not in environ["QUERY_STRING"]:
             seen.append(environ["PATH_INFO"])
             if refuse(len(seen), environ["PATH_INFO"]):
                 start_response("403 FORBIDDEN", [("Content-Type", "application/xml")])

@@ -16,11 +16,12 @@ import pytest
 
 from dist.audit import replay, who_saw
 from dist.dataset import Dataset, open_dataset
-from dist.order import Order
 from dist.run_dir import RunDir
 from dist.run_history import read_history
 from dist.shard_file import PackedShard
 from dist.stages import read_stages
+from dist.start import DataConfig
+from dist.windowed import OrderMode, block_rows_of, make_order
 from launch import audit as launch_audit
 from spark_jobs.quarantine import Config, run
 from tests.make_dataset import write_dataset
@@ -28,6 +29,7 @@ from tests.rank_processes import World, train
 from tests.test_dist_run_guard import settings
 
 RANKS, BATCH = 2, 8
+WINDOWED: dict[str, Any] = {"mode": "windowed", "lanes": 2, "window": 1}
 
 
 def watched(rank: int, log: Path, bad: dict[str, int]) -> None:
@@ -77,17 +79,25 @@ class Story:
     """(step, rank, micro-batch, index) -> tokens, the last time counting."""
 
 
-@pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+@pytest.fixture(scope="module", params=["global", "windowed"])
+def story(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Story]:
     root = tmp_path_factory.mktemp("story")
-    first = write_dataset(root / "data", documents=24, num_train_shards=2)
+    shards = {"global": 2, "windowed": 6}[request.param]
+    first = write_dataset(root / "data", documents=48 // shards, num_train_shards=shards)
     rows, folder, log = tokens_of(first), root / "run", root / "met"
     num_rows = len(rows)
-    order = Order(num_rows, 0).rows(0, 4 * num_rows)[1].tolist()
+    table, data, mode = first.split("train").row_start, {"order": request.param}, OrderMode()
+    if request.param == "windowed":
+        data |= {"lanes": 2, "window": 1}
+        mode = OrderMode(**WINDOWED, block_rows=block_rows_of(table, 2, 1))
+    order = make_order(table, 0, mode).rows(0, 4 * num_rows)[1].tolist()
     single = [row for row in range(num_rows) if rows.count(rows[row]) == 1]
     # Met in every epoch; bad from the second epoch on, and from the third.
     bad = next(r for r in single if order.index(r, num_rows) > num_rows + BATCH)
     changes = {**settings("ddp", "raise"), "max_steps": 60, "max_epochs": 3}
+    changes["data"] = DataConfig(url=first.storage.url, **data)
     first_bad = num_rows // BATCH + 1
     with World(
         first.storage.url, folder, RANKS, changes, watched, log, {rows[bad]: first_bad}
@@ -105,6 +115,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         "max_steps": 60, "max_epochs": 3,
     }  # fmt: skip
     reference = f"{first.storage.url}@{first.data_digest}"
+    switch["data"] = DataConfig(url=reference)  # the order is the run's own
     spoiled = {rows[later]: 2 * num_rows // BATCH}
     assert train(reference, folder, RANKS, switch, watched, log, spoiled) == [0, 0]
     # Longer, on another number of ranks, without naming the dataset again.
@@ -128,7 +139,10 @@ def test_replay_is_what_the_model_met(story: Story) -> None:
     """Rows of the first dataset's numbers read from the derived one's shards, or the order with
     the removed rows: another batch is shown than was trained on."""
     history = read_history(story.run, len(story.rows))
-    outcome = story.run.read_outcome()
+    outcome, identity = story.run.read_outcome(), story.run.read_run()
+    assert identity is not None and identity["config"]["data"]["order"] == (
+        identity.get("order") or {"mode": "global"}
+    )["mode"]  # fmt: skip
     assert outcome is not None and outcome["status"] == "completed"
     assert history.next_step == history.planned_steps == outcome["step"]
     assert len({segment.attempt for segment in history.segments}) >= 3

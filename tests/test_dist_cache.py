@@ -165,6 +165,12 @@ def test_the_limit_holds_and_the_coldest_goes(
             assert shards[0].xxh3_128 in names(tmp_path / "cache", "arrow")
     assert cache.folder.evicted == 8 and cache.counts.fetched == 10
     assert names(tmp_path / "cache", "arrow") == {shards[0].xxh3_128, shards[9].xxh3_128}
+    with cache.acquire(storage, shards[9]):  # its last use is the end of this one
+        time.sleep(0.01)
+        cache.acquire(storage, shards[0]).release()
+        time.sleep(0.01)
+    cache.acquire(storage, shards[1]).release()
+    assert names(tmp_path / "cache", "arrow") == {shards[1].xxh3_128, shards[9].xxh3_128}
 
 
 def test_what_another_process_maps_stays(

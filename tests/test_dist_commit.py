@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist.commit import commit_dataset, find_job, missing_shards, publish_shard, target_lease
+from dist.commit import commit_dataset, find_job, missing_files, publish_shard, target_lease
 from dist.dataset import Dataset, open_dataset
 from dist.errors import ConfigError, DataRefused, SetupError
+from dist.manifest import Shard
 from dist.storage import Storage
 from dist.verify import ShardVerifier, check_presence, verify_full
 from tests.make_dataset import edit_manifest, flip_byte, write_dataset
@@ -74,7 +75,7 @@ def test_nothing_is_visible_before_the_last_step(dataset: Dataset, tmp_path: Pat
     def watch(name: str, data: bytes) -> None:
         with pytest.raises(ConfigError):
             open_dataset(storage.url)
-        assert not missing_shards(storage, dataset.manifest)
+        assert not missing_files(storage, dataset.manifest)
         written.append(name.split("/")[0])
         write(name, data)
 
@@ -171,6 +172,28 @@ def test_a_damaged_shard_is_refused_before_its_first_use(dataset: Dataset, tmp_p
     with pytest.raises(DataRefused, match=split.shards[1].name):
         verifier.require(1)
     verifier.close()
+
+
+def test_a_file_that_changes_while_it_is_hashed_gets_no_stamp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is still being written over: trusted from then on for what it no longer is."""
+    from dist import verify
+
+    dataset = write_dataset(tmp_path / "data")
+    split = dataset.split("train")
+    path, hashed = dataset.shard_path(split.shards[0]), verify.wrong_bytes
+
+    def then_written(path: Path, shard: Shard) -> str:
+        said = hashed(path, shard)
+        flip_byte(path, 1000)
+        return said
+
+    monkeypatch.setattr(verify, "wrong_bytes", then_written)
+    ShardVerifier(dataset, split, tmp_path / "stamps").require(0)
+    monkeypatch.setattr(verify, "wrong_bytes", hashed)
+    with pytest.raises(DataRefused, match=path.name):
+        ShardVerifier(dataset, split, tmp_path / "stamps").require(0)
 
 
 def test_a_stamp_spares_the_hash_but_not_for_a_changed_file(

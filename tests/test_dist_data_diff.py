@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from dist.dataset import Dataset, open_dataset
 from dist.errors import ConfigError, DataRefused
 from dist.megatron_format import MegatronWriter
 from tests.make_dataset import tokenizer_json, write_dataset
+from tests.make_examples import write_examples
 from tests.test_dist_token_formats import batch
 
 
@@ -61,6 +64,36 @@ def test_documents_inputs_and_config_are_told_apart(tmp_path: Path) -> None:
     assert (found.documents["only_a"], found.documents["only_b"]) == (0, 0)
     assert found.config["seq_len"] == (3, 7) and found.identity["schema.seq_len"] == (3, 7)
     assert not found.inputs and found.shared == 0
+
+
+def test_shared_shards_of_other_inputs_are_other_documents(tmp_path: Path) -> None:
+    """Shards that both have, left out though their numbers mean other files; and an input of the
+    same name and size whose bytes changed."""
+    first = write_dataset(tmp_path / "data")
+    inputs = [{"path": f"input-{i}", "size": 10, "stamp": f"xxh3_128:{i}"} for i in range(5)]
+    totals = {name: dict(counts) for name, counts in first.manifest.totals.items()}
+    totals["train"]["rows"] -= first.manifest.shards[0].rows
+
+    def version(number: int, listed: list[dict[str, Any]]) -> Dataset:
+        changes: dict[str, Any] = {"schema": {**first.manifest.schema, "bos_id": 0}}
+        if number:
+            changes = {"shards": first.manifest.shards[1:], "totals": totals}
+        manifest = replace(first.manifest, **changes)
+        made = commit_dataset(first.storage, manifest, {"inputs": listed}, f"{number:064x}")
+        return open_dataset(f"{first.storage.url}@{made}")
+
+    one = version(0, inputs)
+    same = diff_datasets(one, version(1, inputs), progress=False)
+    assert same.shared == 3 and not same.inputs
+    assert (same.documents["only_a"], same.documents["only_b"]) == (0, 0)
+    other = [{**inputs[0], "stamp": "xxh3_128:9"}, {**inputs[1], "path": "renamed"}, *inputs[2:]]
+    (tmp_path / "data" / "provenance").rename(tmp_path / "kept")
+    one, two = version(0, inputs), version(1, other)
+    found = diff_datasets(one, two, progress=False)
+    assert found.inputs == {"added": ["renamed"], "gone": ["input-1"], "changed": ["input-0"]}
+    # One offset an input, in each of the two splits.
+    assert found.documents["listed_a"] == ["train input-1@100", "validation input-1@100"]
+    assert found.documents["listed_b"] == ["train renamed@100", "validation renamed@100"]
 
 
 def test_a_document_that_reaches_into_a_shared_shard_is_in_both(tmp_path: Path) -> None:
@@ -163,3 +196,17 @@ def test_git_tracks_a_pin(tmp_path: Path) -> None:
     shown = subprocess.run([*git, "diff", "HEAD~"], capture_output=True, text=True).stdout
     changed = [line for line in shown.splitlines() if line.startswith("+ ")]
     assert any('"data_digest"' in line for line in changed) and len(changed) < 12
+
+
+def test_examples_are_compared_by_their_origin(tmp_path: Path) -> None:
+    """Chats that were left out of a version, and a diff that says it cannot know."""
+    first = write_examples(tmp_path / "a", num_examples=10)
+    second = write_examples(tmp_path / "b", num_examples=9)
+    found = diff_datasets(first, second, progress=False)
+    # Three shards of ten and of nine: numbers 0 to 29 and 0 to 26, by their splits.
+    documents = found.documents
+    assert (documents["only_a"], documents["only_b"]) == (5, 2)
+    assert documents["listed_b"] == [
+        "validation input-0@1800", "validation input-1@1900",
+    ]  # fmt: skip
+    assert f"train input-{18 % 3}@1800" in documents["listed_a"]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from dist.commit import (
     commit_dataset,
+    publish_lengths,
     publish_quarantine,
     publish_shard,
     publish_tokenizer,
@@ -27,6 +28,7 @@ from dist.errors import ConfigError, DataRefused, SetupError
 from dist.storage import Storage
 from dist.verify import verify_full
 from tests.make_dataset import tokenizer_json, write_dataset
+from tests.make_examples import write_examples
 
 DAY_S = 86_400.0
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,7 @@ def add_garbage(storage: Storage, count: int = 3) -> set[str]:
     """Files that no version refers to, of every kind."""
     names = {f"shards/{number:032x}.arrow" for number in range(count)}
     names |= {f"quarantine/{7:032x}.parquet", f"tokenizers/{7:064x}.json"}
+    names |= {f"lengths/{7:064x}.arrow"}
     names |= {f"shards/.{7:032x}.arrow.12345678.tmp", ".LATEST.77.12345678.tmp"}
     names |= {f"manifests/.{7:064x}.json.1.12345678.tmp"}
     for name in names:
@@ -70,6 +73,50 @@ def test_garbage_goes_and_versions_stay(tmp_path: Path) -> None:
     assert not any((tmp_path / "data" / name).exists() for name in garbage)
     assert check_versions(tmp_path / "data") == 2
     assert not (tmp_path / "data" / "lease.json").exists()
+
+
+def test_a_write_in_progress_stays(tmp_path: Path) -> None:
+    """--older-than 0s that deletes the file which a job, whose lease was lost, is writing now."""
+    dataset = write_dataset(tmp_path / "data")
+    torn = f"shards/.{7:032x}.arrow.12345678.tmp"
+    dataset.storage.write_atomic(torn, b"half")
+    assert set(collect(dataset.storage, 0, now=time.time() + 1800).young) == {torn}
+    assert set(collect(dataset.storage, 0, now=time.time() + 3700).garbage) == {torn}
+
+
+def test_gc_stops_when_its_lease_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gc that was stopped for an hour and goes on deleting under the next job's lease."""
+    dataset = write_dataset(tmp_path / "data")
+    garbage = add_garbage(dataset.storage)
+    delete = Storage.delete
+
+    def then_lost(self: Storage, name: str) -> None:
+        delete(self, name)
+        self.write_atomic("lease.json", b'{"token": "of another", "pid": 1, "host": "far"}')
+
+    monkeypatch.setattr(Storage, "delete", then_lost)
+    with pytest.raises(SetupError, match="taken over by another process"):
+        collect(dataset.storage, 0, now=later(30))
+    left = [name for name in garbage if (tmp_path / "data" / name).exists()]
+    assert len(left) == len(garbage) - 1
+
+
+def test_lengths_of_a_version_stay(tmp_path: Path) -> None:
+    """The table of lengths deleted under a dataset: no run of it could start. And one that a job
+    finds in place, while it has still to commit, taken for old."""
+    dataset = write_examples(tmp_path / "data")
+    write_examples(tmp_path / "data", num_examples=9)
+    table = tmp_path / "data" / "lengths" / f"{dataset.manifest.lengths_digest}.arrow"
+    assert not collect(dataset.storage, 0, now=later(30)).garbage
+    assert check_versions(tmp_path / "data") == 2
+    (tmp_path / "data" / "manifests" / f"{dataset.data_digest}.json").unlink()
+    found_in_place = table.stat()
+    time.sleep(0.02)  # the clock of the file system ticks
+    publish_lengths(dataset.storage, table.read_bytes())
+    assert table.stat().st_ctime_ns > found_in_place.st_ctime_ns
+    assert table.stat().st_ino == found_in_place.st_ino, "written anew"
+    found = collect(dataset.storage, DAY_S, now=later(2))
+    assert f"lengths/{table.name}" in found.garbage and not table.exists()
 
 
 def test_what_is_young_stays(tmp_path: Path) -> None:
@@ -204,7 +251,7 @@ def test_the_shards_are_looked_for_after_the_lease(
         check = lease.check
         monkeypatch.setattr(lease, "check", lambda: (asked.append("lease"), check()))
         monkeypatch.setattr(
-            "dist.commit.missing_shards", lambda *_: asked.append("shards") or []
+            "dist.commit.missing_files", lambda *_: asked.append("shards") or []
         )  # fmt: skip
         commit_dataset(dataset.storage, dataset.manifest, {}, "4" * 64, lease)
     assert asked == ["lease", "shards"]

@@ -127,6 +127,55 @@ def test_ids_out_of_the_vocabulary_are_refused(bad: int, tmp_path: Path, tokeniz
     assert Storage(plan.output).list("") == [], "the lease is left behind"
 
 
+def test_a_wrong_id_is_placed_in_the_whole_file(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A document's number counted from its block: the person looks at another document."""
+    monkeypatch.setattr("dist.megatron_format.BLOCK_TOKENS", 4)
+    writer = MegatronWriter(tmp_path / "train", 1 << 20)
+    writer.add(batch([[5, 1], [6, 7, 8], [9, 1], [4, 4], [3, 999, 1]], "int64"))
+    writer.close()
+    plan = ImportPlan(format="megatron", source=tmp_path / "train", output=str(tmp_path / "out"),
+                      tokenizer=str(tokenizer), seq_len=4)  # fmt: skip
+    with pytest.raises(DataRefused, match="document 4 holds the id 999"):
+        import_tokens(plan, progress=False)
+
+
+def test_offsets_count_from_the_file_not_its_blocks(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two documents of one file at one offset: who-saw names the wrong one, export glues them."""
+    monkeypatch.setattr("dist.megatron_format.BLOCK_TOKENS", 4)
+    documents = [[5, 1], [6, 7, 8], [9, 1], [4, 4], [3, 2, 1]]
+    writer = MegatronWriter(tmp_path / "train", 1 << 20)
+    writer.add(batch(documents, "int64"))
+    writer.close()
+    plan = ImportPlan(format="megatron", source=tmp_path / "train", output=str(tmp_path / "out"),
+                      tokenizer=str(tokenizer), seq_len=4)  # fmt: skip
+    import_tokens(plan, progress=False)
+    found = list(read_documents(open_dataset(plan.output), "train"))
+    offsets = np.concatenate([one.offsets for one in found]).tolist()
+    assert offsets == np.cumsum([0, *(len(one) for one in documents)])[:-1].tolist()
+
+
+def test_a_rerun_makes_its_version_the_newest(tmp_path: Path, tokenizer: Path) -> None:
+    """An import that says it is done, and leaves LATEST at another import's version."""
+    plans = []
+    for number in (0, 1):
+        (tmp_path / f"in-{number}").mkdir()
+        writer = MegatronWriter(tmp_path / f"in-{number}" / "train", 1 << 20)
+        writer.add(batch([[5 + number, 1], [6, 7, 8]], "int64"))
+        writer.close()
+        plans.append(
+            ImportPlan(format="megatron", source=tmp_path / f"in-{number}" / "train", seq_len=4,
+                       output=str(tmp_path / "out"), tokenizer=str(tokenizer))
+        )  # fmt: skip
+    first, second = (import_tokens(plan, progress=False)[0] for plan in plans)
+    assert open_dataset(plans[0].output).data_digest == second != first
+    assert import_tokens(plans[0], progress=False) == (first, True)
+    assert open_dataset(plans[0].output).data_digest == first
+
+
 def test_damage_in_the_last_file_publishes_nothing(tmp_path: Path, tokenizer: Path) -> None:
     """The first file's shards, visible as if they were the whole dataset."""
     for name in ("train-0", "train-1"):

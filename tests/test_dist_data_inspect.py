@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 
 from dist.commit import commit_dataset
-from dist.data_inspect import facts_of, sample_rows, scan, scan_facts, unread
+from dist.data_inspect import _batches, facts_of, sample_rows, scan, scan_facts, unread
 from dist.data_page import page_of
 from dist.dataset import Dataset, open_dataset
 from dist.documents import read_documents
+from dist.example_file import ExampleShard
 from dist.manifest import Manifest
 from dist.shard_file import PackedShard
+from dist.tokenizer import TextTokenizer
+from launch import data
+from tests.http_server import serve
 from tests.make_dataset import write_dataset
+from tests.make_examples import write_examples
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,19 @@ def test_part_scans_never_see_a_cut_document(tmp_path: Path) -> None:
     )
     found = Counter(scan(dataset, 400).document_lengths.tolist())
     assert not found - lengths
+    # All of one length, so that a piece cannot pass for another document.
+    dataset = write_dataset(tmp_path / "one", shortest=12, longest=12, documents=300)
+    pieces = scan(dataset, 400).document_lengths
+    assert len(pieces) > 20 and set(pieces.tolist()) == {12}
+
+
+def test_a_sample_is_spread_over_the_split(dataset: Dataset) -> None:
+    """The first record batches only: of a corpus in the order of its sources, one source."""
+    whole = [number for number, _, _ in _batches(dataset, "train", 10**9)]
+    chosen = [number for number, _, _ in _batches(dataset, "train", 100)]
+    assert whole == list(range(len(whole))) and 20 < len(chosen) < len(whole) / 3
+    gaps = np.diff([*chosen, len(whole)])
+    assert chosen[0] == 0 and gaps.max() - gaps.min() <= 1
 
 
 def test_facts_hold_counters_and_the_chain_of_parents(tmp_path: Path) -> None:
@@ -130,3 +148,68 @@ def test_rows_that_are_not_read_are_said_so() -> None:
     assert "remote" in unread(local)
     page = page_of(facts_of(local), None, None, {"train": []}, unread(local))
     assert "remote" in page and "<svg" not in page
+
+
+def test_examples_are_scanned_and_sampled(tmp_path: Path) -> None:
+    """Examples counted twice or not at all, a sample of the first ones only, or a mask moved."""
+    dataset = write_examples(tmp_path / "data", num_examples=50)
+    counts, lengths = np.zeros(300, np.int64), []
+    trained: dict[tuple[int, int], list[str]] = {}
+    tokenizer = TextTokenizer(dataset.read_tokenizer())
+    for entry in dataset.manifest.shards:
+        shard = ExampleShard(dataset.shard_path(entry))
+        for row in range(shard.num_rows):
+            one = shard.read(row)
+            counts += np.bincount(one.tokens, minlength=300)
+            lengths.append(len(one.tokens))
+            spans = [one.tokens[a:b] for a, b in one.spans.tolist()]
+            trained[shard.origin(row)] = [tokenizer.decode(span) for span in spans]
+        shard.close()
+    found = scan(dataset)
+    assert found.complete and np.array_equal(found.counts, counts)
+    assert found.document_lengths.tolist() == lengths
+    part = scan(dataset, 30)
+    assert part.rows == 30 and not part.complete
+    assert part.document_lengths.tolist() == lengths[::5]
+    for split in ("train", "validation"):
+        rows = sample_rows(dataset, split, 4)
+        assert [row["row"] for row in rows] == ([0, 25, 50, 75], [0, 12, 25, 37])[
+            split == "validation"
+        ]
+        for row in rows:
+            (piece,) = row["pieces"]
+            assert row["trained"] == trained[piece["input"], piece["offset"]]
+
+
+@pytest.mark.parametrize("kind", ["packed_tokens", "examples"])
+def test_a_remote_dataset_is_told_of_by_its_manifest(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], kind: str,
+) -> None:  # fmt: skip
+    """A look at a terabyte that fetches the terabyte; rows or totals that are left out for it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    local = dataset
+    if kind == "examples":
+        local = write_examples(tmp_path / "data", num_train_shards=5)
+    with serve(local.storage.url) as server:
+        assert data.main(["inspect", server.url, "--samples", "0"]) == 0
+        out = capsys.readouterr().out
+        for counts in local.manifest.totals.values():
+            assert all(f"{count:,}" in out for count in counts.values())
+        assert "rows and tokens are the manifest's" in out and "--samples 0" not in out
+        assert not [one for one in server.gets if one.path.startswith("/shards/")]
+        assert data.main(["inspect", server.url, "--samples", "1"]) == 0
+        assert "sample     train row 0" in capsys.readouterr().out
+        fetched = {one.path for one in server.gets if one.path.startswith("/shards/")}
+        assert len(fetched) == len(local.manifest.splits()) == 2
+        assert data.main(["diff", server.url, local.storage.url]) == 0
+        other = write_dataset(tmp_path / "other", seed=8)
+        assert data.main(["diff", server.url, other.storage.url]) == 1
+        said = capsys.readouterr().out
+        rows = local.manifest.totals["train"]["rows"], other.manifest.totals["train"]["rows"]
+        assert f"rows {rows[0]:,} -> {rows[1]:,}" in said
+        assert "is remote, and its rows are not read" in said
+        assert fetched == {one.path for one in server.gets if one.path.startswith("/shards/")}
+    old = write_examples(tmp_path / "old", with_lengths=False)
+    with serve(old.storage.url) as server:
+        assert "--samples 0" in unread(open_dataset(server.url))

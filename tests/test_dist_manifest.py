@@ -129,6 +129,21 @@ def test_golden_manifest_of_examples_is_kept_byte_for_byte() -> None:
     assert examples().to_json() == data and Manifest.from_json(data) == examples()
 
 
+def test_lengths_are_named_or_absent() -> None:
+    """A null that renames every version written before there were lengths; a name that leaves the
+    folder; lengths of packed rows, which have none."""
+    plain = examples()
+    assert b"lengths" not in plain.to_json() and plain.lengths_digest is None
+    named = dataclasses.replace(plain, lengths_digest="ef" * 32)
+    assert Manifest.from_json(named.to_json()) == named
+    assert named.data_digest != plain.data_digest
+    assert json.loads(named.to_json())["lengths_digest"] == "ef" * 32
+    with pytest.raises(DataRefused, match=r"lengths digest '\.\./x' is not a SHA-256"):
+        dataclasses.replace(plain, lengths_digest="../x")
+    with pytest.raises(DataRefused, match="named by a dataset of kind packed_tokens"):
+        Manifest.from_json(changed(lengths_digest="ef" * 32))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -170,6 +170,32 @@ def test_whole_lanes_of_every_source() -> None:
     assert live.max() < 32 and (live >= 12).any() and (live < 12).any()
 
 
+@settings(max_examples=40, deadline=None)
+@given(sizes=SIZES, weights=STAGES, lanes=st.sampled_from([1, 2, 4]), start=st.integers(1, 30))
+def test_live_shards_are_those_of_every_source(
+    sizes: list[list[int]], weights: Any, lanes: int, start: int
+) -> None:
+    """Numbers of one source's table taken for another's, or a source's place in samples taken for
+    units: what is about to be read is evicted."""
+    tables = [np.concatenate(([0], np.cumsum(one))) for one in sizes]
+    orders = [WindowedOrder(table, 5, source=s, lanes=lanes, block_rows=2)
+              for s, table in enumerate(tables)]  # fmt: skip
+    plan = with_stage(with_stage([], 0, [*weights[0], 0]), start, weights[1])
+    order = MixedOrder(Mixture(plan), orders, lanes)
+    starts = np.concatenate(([0], np.cumsum(np.concatenate([np.diff(table) for table in tables]))))
+    rows = order.rows(0, 60 * lanes)[1]
+    shards = np.searchsorted(starts, rows, side="right") - 1
+    most = sum(len(one) for one in sizes)
+    for t, shard in enumerate(shards.tolist()):
+        live = order.live_shards(t)
+        assert shard in live and live.max() < most
+        if t % lanes == 0:
+            counts = order.mixture.counts_at(t // lanes)
+            first = np.cumsum([0, *(len(one) for one in sizes)])
+            expected = [first[s] + orders[s].live_shards(counts[s] * lanes) for s in range(3)]
+            assert live.tolist() == np.concatenate(expected).tolist()
+
+
 def test_state_is_small() -> None:
     """A list of samples or a pattern in the state: it is written with every checkpoint."""
     stages: list[Any] = []

@@ -402,7 +402,7 @@ def test_pins_follow_the_steps(remote: Dataset, monkeypatch: pytest.MonkeyPatch)
     split = remote.split("train")
     ahead = open_shards.ShardsAhead(remote, split, iter([(k, [k]) for k in range(10)]))
     try:
-        for at in (0, 4, 8):
+        for at in (0, 1, 4, 5, 8):
             ahead.reach(at)
             for _ in range(400):
                 if set(ahead._pins) == {at, at + 1}:
@@ -414,6 +414,32 @@ def test_pins_follow_the_steps(remote: Dataset, monkeypatch: pytest.MonkeyPatch)
     finally:
         ahead.close()
     assert remote.cache.held_bytes == 0
+
+
+def test_pins_last_as_long_as_they_are_needed(remote: Dataset) -> None:
+    """A pin that ends with the first step that reads its shard; or the next shard given back, to
+    be fetched again at once, where the one that is needed last would do."""
+    split = remote.split("train")
+    steps = [(0, [0, 1]), (1, [0]), (2, [0, 2]), (3, [3]), (4, [4])]
+    ahead = open_shards.ShardsAhead(remote, split, iter(steps))
+
+    def wait_for(pins: set[int]) -> None:
+        deadline = time.monotonic() + 20
+        while set(ahead._pins) != pins or ahead._last_step.get(4) is None:
+            assert time.monotonic() < deadline, (pins, set(ahead._pins))
+            time.sleep(0.01)
+
+    try:
+        wait_for({0, 1, 2, 3, 4})
+        ahead.reach(1)
+        assert set(ahead._pins) == {0, 2, 3, 4}
+        ahead.reach(2)
+        assert ahead.give_back() and set(ahead._pins) == {0, 2, 3}
+        assert ahead.give_back() and set(ahead._pins) == {0, 2}
+        ahead.reach(3)
+        assert not ahead._pins
+    finally:
+        ahead.close()
 
 
 def test_a_process_makes_room_for_one_that_comes_later(server: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,20 @@ from dist.audit import replay, who_saw
 from dist.config import parse_config
 from dist.dataset import Dataset, first_rows, mix, open_dataset
 from dist.errors import ConfigError, DataRefused
+from dist.examples import as_rows
 from dist.optim import OptimConfig
 from dist.order import Order
 from dist.report import html_of
 from dist.report_facts import read_facts
 from dist.run_dir import RunDir
+from dist.sharding import ParallelConfig
 from dist.sources import SourceConfig, StageConfig, check_sources
 from dist.start import DataConfig
 from recipes.evaluate import open_data
 from recipes.pretrain import Config
 from recipes.trained import open_trained, resolve
 from tests.make_dataset import write_dataset
+from tests.make_examples import write_examples
 from tests.rank_processes import World, train
 from tests.same_run import assert_same_run, last_attempts, lines
 from tests.test_exact_resume import killed_at, segments
@@ -199,6 +203,109 @@ def test_a_run_keeps_its_sources(parts: list[Dataset], tmp_path: Path) -> None:
             assert "Traceback" not in world.said(0)
 
 
+def test_a_latest_that_moves_changes_no_source(tmp_path: Path) -> None:
+    """A run on several sources that cannot be resumed, or goes on with other rows, since somebody
+    wrote a newer version of one of them."""
+    url = str(tmp_path / "code")
+    web = write_dataset(tmp_path / "web", documents=10, seed=1)
+    newer = write_dataset(url, documents=9, seed=9)
+    begun = write_dataset(url, documents=6, seed=2)
+    given = [SourceConfig(name="web", url=web.storage.url), SourceConfig(name="code", url=url)]
+    short = {"max_steps": 2, "save_every_steps": 0}
+    assert train("", tmp_path / "whole", 1, changes(DataConfig(sources=given), max_steps=4)) == [0]
+    assert train("", tmp_path / "run", 1, changes(DataConfig(sources=given), **short)) == [0]
+    begun.storage.write_atomic("LATEST", newer.data_digest.encode())
+    with World("", tmp_path / "run", 1, changes(DataConfig(sources=given), max_steps=4)) as world:
+        assert world.wait(60.0) == [0], world.said(0)
+        assert f"the run goes on with {begun.data_digest[:12]}" in world.said(0)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert len(lines(tmp_path / "run", "mixture.jsonl")) == 1
+
+
+SHARDED = {
+    "fsdp": {"strategy": "fsdp"},
+    "tp": {"strategy": "tp"},
+    **{f"ZeRO-{n}": {"strategy": "deepspeed", "zero_stage": n} for n in (2, 3)},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(parts: list[Dataset], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Losses by source of the run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    data = DataConfig(sources=sources(parts, web=2, code=1, new=1))
+    assert train("", folder, 1, changes(data, global_batch=7, max_steps=5)) == [0]
+    return by_source(folder)
+
+
+def by_source(folder: Path) -> list[Any]:
+    found = [line for line in lines(folder, "metrics.jsonl") if "step" in line]
+    return [
+        (line["step"], key, line[key])
+        for line in found
+        for key in sorted(line)
+        if key.startswith(("loss/", "validation_loss/"))
+    ]
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_losses_by_source_are_those_of_one_process(
+    parts: list[Dataset], alone: list[Any], tmp_path: Path, name: str
+) -> None:
+    """Ranks of one tp group that count a row twice, a sum over other ranks than those with rows,
+    or losses that an engine has scaled by then."""
+    data = DataConfig(sources=sources(parts, web=2, code=1, new=1))
+    given = changes(data, global_batch=7, max_steps=5)
+    del given["strategy"]
+    given["parallel"] = ParallelConfig(**SHARDED[name])  # type: ignore[arg-type]
+    assert train("", tmp_path / "run", 2, given, timeout_s=180.0) == [0, 0]
+    found = by_source(tmp_path / "run")
+    assert [one[:2] for one in found] == [one[:2] for one in alone] and len(alone) > 12
+    assert [one[2] for one in found] == pytest.approx([one[2] for one in alone], rel=2e-4)
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_a_mixture_of_examples(tmp_path: Path, packing: Any) -> None:
+    """One source's pack index or masks for the other's rows, a resume that packs anew, or a source
+    whose targets are counted as all of its tokens."""
+    parts = [write_examples(tmp_path / name, seed=seed, num_train_shards=shards)
+             for name, seed, shards in (("chat", 1, 3), ("math", 2, 2))]  # fmt: skip
+    given = [
+        SourceConfig(name=name, url=part.storage.url, weight=weight)
+        for name, part, weight in zip(("chat", "math"), parts, (3, 1), strict=True)
+    ]
+    data = DataConfig(sources=given, packing=packing, seq_len=40)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train("", whole, 2, changes(data, max_steps=12)) == [0, 0]
+    with World("", run, 2, changes(data, max_steps=12), killed_at, 1, 7, 0, 0.0) as world:
+        assert -signal.SIGKILL in world.wait(60.0)
+    assert train("", run, 2, changes(data, max_steps=12)) == [0, 0]
+    assert_same_run(run, whole)
+    mixed = as_rows(mix(["chat", "math"], parts), packing, 40)
+    split, borders = mixed.split("train"), first_rows(mixed, "train")
+    consumed = {line["step"]: line["targets"] for line in lines(run, "consumed.jsonl")}
+    for line in (x for x in lines(run, "metrics.jsonl") if "loss" in x):
+        targets = np.zeros(2)
+        for row in replay(RunDir(run), line["step"] - 1, text=False).rows:
+            number, local = (int(one[0]) for one in split.locate(np.array([row.row])))
+            shard = split.open_shard(number, mixed.shard_path(split.shards[number]))
+            source = int(row.row >= borders[1])
+            assert row.source == mixed.names[source]
+            targets[source] += shard.trained_runs(local)[:, 1].sum()
+            shard.close()
+        assert targets.sum() == consumed[line["step"] - 1]
+        losses = zip(targets, mixed.names, strict=True)
+        total = sum(n * line[f"loss/{name}"] for n, name in losses if n)
+        assert total / targets.sum() == pytest.approx(line["loss"], rel=1e-5)
+    answer = who_saw(RunDir(run), "math/train:1")
+    assert answer.sightings and {one.source for one in answer.sightings} == {"math"}
+    if packing == "padded":
+        other = DataConfig(sources=given, packing="packed", seq_len=40)
+        with World("", run, 1, changes(other, max_steps=14)) as world:
+            assert world.wait(60.0) == [2], world.said(0)
+            assert "data.packing" in world.said(0)
+
+
 def test_wrong_mixtures_are_refused_by_name(parts: list[Dataset]) -> None:
     """Weights that train on nothing, or on a source that was misspelt."""
     a, b = SourceConfig(name="a", url="x"), SourceConfig(name="b", url="y")
@@ -215,6 +322,17 @@ def test_wrong_mixtures_are_refused_by_name(parts: list[Dataset]) -> None:
             check_sources(data)
     with pytest.raises(DataRefused, match="other versions"):
         open_dataset(mix(["a", "b"], parts[:2]).reference[:-4] + "0000")
+
+
+def test_sources_that_cannot_be_one_model_are_refused(parts: list[Dataset], tmp_path: Path) -> None:
+    """Ids of two tokenizers under one embedding: both sources train, and neither is learnt."""
+    other = write_dataset(tmp_path / "other", documents=9, seed=9, with_tokenizer=False)
+    chats = write_examples(tmp_path / "chats")
+    special = parts[1].manifest
+    ends = replace(parts[1], manifest=replace(special, schema={**special.schema, "eos_id": 2}))
+    for part, what in ((other, "tokenizer"), (chats, "kind"), (ends, "eos_id: 1 and 2")):
+        with pytest.raises(ConfigError, match=f"sources web and new differ in {what}"):
+            mix(["web", "new"], [parts[0], part])
 
 
 def test_sources_come_from_yaml_and_from_flags(tmp_path: Path) -> None:

@@ -161,6 +161,36 @@ def test_removed_rows_are_left_out_of_the_windowed_order_too() -> None:
     assert derived.lanes == 4 and len(derived.layout(12, 20)) == 8
 
 
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, 6), min_size=2, max_size=20), lanes=st.sampled_from([1, 2, 4]),
+       gone=st.sets(st.integers(0, 60), max_size=12), at=st.integers(0, 20),
+       whole=st.integers(0, 19))  # fmt: skip
+def test_live_shards_of_a_derived_dataset_are_its_own(
+    sizes: list[int], lanes: int, gone: set[int], at: int, whole: int
+) -> None:
+    """Numbers of the first dataset's shards: others are evicted, or an index past the end. One of
+    the shards loses all of its rows, so that later ones move up."""
+    order = order_of(sizes, lanes, 1)
+    n, table = order.num_rows, order.row_start
+    whole, at = whole % len(sizes), at % n  # what is removed is known for four epochs
+    removed = {row for row in gone if row < n} | set(range(table[whole], table[whole + 1]))
+    if len(removed) == n:
+        return
+    stages = Stages(lines=[{"removed": sorted(removed), "position": at}])
+    skips = Skips(stages.skipped([], n, order.seed, 4 * n, order))
+    derived = DerivedOrder(SkippingOrder(order, skips), stages.removed)
+    left = np.diff(table) - np.diff(np.searchsorted(sorted(removed), table))
+    starts = np.concatenate(([0], np.cumsum(left[left > 0])))
+    samples = skips.to_sample(np.arange(at, 4 * n))
+    t0 = int(samples[samples >= 0][0])
+    rows = derived.rows(t0, t0 + 2 * (n - len(removed)))[1]
+    shards = np.searchsorted(starts, rows, side="right") - 1
+    for t, shard in enumerate(shards.tolist(), start=t0):
+        live = derived.live_shards(t)
+        assert shard in live and np.array_equal(live, np.unique(live))
+        assert len(live) <= 2 * lanes and live.max() < len(starts) - 1
+
+
 def fetched(order: WindowedOrder, batch: int, nodes: int, steps: int) -> int:
     """Shards that all nodes fetch, each keeping what is live and no more."""
     kept: list[set[int]] = [set() for _ in range(nodes)]

@@ -30,7 +30,7 @@ FLOORS: dict[int, set[str]] = {
             audit baselines batch_layout bundle cache cache_folder
             checkpoint_folder commit config data_diff data_export data_gc
             data_import data_inspect data_page dataset documents example_file
-            examples folder_files http_files lineage mds_format megatron_format
+            example_lengths examples folder_files http_files lineage mds_format megatron_format
             mixture node_probes open_shards order order_choice pack_index
             packing passes progress report report_facts report_html run_history
             run_order shard_file skips sources stages storage svg_chart

@@ -31,6 +31,7 @@ from spark_jobs.example_writer import (
     ExampleBucketWriter,
     ExamplePlan,
     example_of,
+    lengths_of,
     payload_of,
 )
 from spark_jobs.records import Rules, read_chunks
@@ -434,6 +435,9 @@ def without_spark(folder: Path, output: Path, split_bytes: int, batch: int) -> t
     made = write_partition(batches, writer, paths, ExampleBucketWriter)
     messages = [one for message in made for one in message.to_pylist()]
     counters, _, shards = check_messages(messages, plan)
+    for one in shards:
+        real = ExampleShard(output / "shards" / one["name"]).lengths()
+        assert lengths_of(one).tolist() == real.tolist()
     schema["template_digest"] = None
     return manifest_of("examples", schema, "ab" * 32, shards, plan).data_digest, counters
 
@@ -494,6 +498,14 @@ def test_the_job_writes_what_the_definition_says(made: Dataset, folder: Path) ->
             assert one.spans.tolist() == wanted.spans.tolist()
             assert one.segments.tolist() == wanted.segments.tolist()
             found += 1
+    table = made.read_lengths()
+    assert table is not None and [len(one) for one in table["train"]] == [
+        shard.rows for shard in made.manifest.shards_of("train")
+    ]
+    for name, of_shards in table.items():
+        for entry, lengths in zip(made.manifest.shards_of(name), of_shards, strict=True):
+            real = ExampleShard(made.shard_path(entry)).lengths()
+            assert lengths.dtype == np.uint16 and lengths.tolist() == real.tolist()
     assert found == 120 and not expected and len(made.manifest.shards) > 3
     assert made.manifest.schema["eos_id"] == 1
     digest = made.manifest.schema["template_digest"]
