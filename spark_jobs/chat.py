@@ -50,7 +50,7 @@ from spark_jobs.tokenize_tasks import Transform, num_buckets
 from spark_jobs.tokenize_text import sample_texts
 from spark_jobs.two_stages import run_two_stages
 
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 """Raise when the same inputs and config would give other bytes."""
 _MIB = 1 << 20
 

@@ -54,7 +54,8 @@ FLOORS: dict[int, set[str]] = {
         *{"batch_layout", "order_choice", "run_order", "sources", "windowed"},
     },
     2: {
-        *{"activation", "attention", "batch", "checkpoint", "checkpoint_files", "drain"},
+        *{"activation", "adapter_file", "attention", "batch", "checkpoint", "checkpoint_files"},
+        *{"drain"},
         *{"checkpoint_url", "deepspeed_zero", "hf_weights", "tensor_parallel"},
         *{"hang_stacks", "hang_watcher", "start_watch"},
         *{"export_hf", "guard", "initialise", "loader", "loss", "mesh", "meter", "optim"},
