@@ -12,7 +12,9 @@ import argparse
 import bisect
 import json
 import multiprocessing
+import sys
 import tempfile
+import typing
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -34,14 +36,16 @@ class Measured:
 
 
 def measure(config: Any) -> Measured:
-    """Run the pretrain recipe as this rank and measure it; for a process of its own."""
+    """Run the config's recipe as this rank and measure it; for a process of its own."""
     import torch
     from torch.autograd.profiler import record_function
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from dist.ranks import Ranks
-    from recipes.pretrain import Pretrain, run
 
+    recipe = sys.modules[type(config).__module__]
+    # The recipe's LightningModule.
+    owner = typing.get_type_hints(recipe.module_to_plan)["return"]
     held = {"parameters": 0, "optimizer": 0, "cuda": 0}
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -57,15 +61,15 @@ def measure(config: Any) -> Measured:
             pass
         before(module, optimizer)
 
-    before = Pretrain.on_before_optimizer_step
+    before = owner.on_before_optimizer_step
     handle = register_optimizer_step_post_hook(look)
     config = replace(config, max_steps=8, save_every_steps=0, async_save=False, val_rows=1)
     activities = [torch.profiler.ProfilerActivity.CPU]
     profiler = torch.profiler.profile(activities=activities, profile_memory=True)
     # Not the hook above: DeepSpeed's optimizers step once a group.
-    patched = patch.object(Pretrain, "on_before_optimizer_step", marked)
+    patched = patch.object(owner, "on_before_optimizer_step", marked)
     with profiler as profile, ExitStack() as stack, patched:
-        run(config, Ranks.from_environment(), stack)
+        recipe.run(config, Ranks.from_environment(), stack)
     handle.remove()
     peak = held["cuda"] or _profiled_peak(profile)
     return Measured(peak=peak, parameters=held["parameters"], optimizer=held["optimizer"])

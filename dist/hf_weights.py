@@ -83,9 +83,18 @@ class HfWeights:
             return
         piece = found[tuple(here)]
         self.bytes_read += piece.numel() * piece.element_size()
-        if bool(piece.isnan().any()):
-            raise ConfigError(f"{self.folder}: {name} holds NaN; the file is damaged")
+        self._check_finite(name, piece)
         target.copy_(piece)
+
+    def check_values(self) -> None:
+        """Read every tensor; ConfigError for one that `fill` would refuse."""
+        for name in sorted(self._part_of):
+            self._check_finite(name, self._slice_of(name)[:])
+
+    def _check_finite(self, name: str, piece: Tensor) -> None:
+        if not bool(piece.isfinite().all()):
+            what = "NaN" if bool(piece.isnan().any()) else "infinite values"
+            raise ConfigError(f"{self.folder}: {name} holds {what}; the file is damaged")
 
     def _slice_of(self, name: str) -> Any:
         from safetensors import SafetensorError, safe_open

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -20,13 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dist.attention import PACKED_ATTENTION, register_packed_attention
 from dist.errors import ConfigError, DataRefused, SetupError
 from dist.initialise import Fill, local_slice, seed_of
 
 Method = Literal["lora", "dora", "qlora", "full"]
 ALL_LINEAR = "all-linear"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _NAME = "default"  # peft's name of a model's only adapter
 _PEFT_PREFIX = "base_model.model."
 # peft keeps each kind in a dict by adapter; its files leave that name out.
@@ -118,16 +116,17 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     import peft
 
     targets = find_targets(model, config.target_modules)
+    saved = find_modules(model, config.modules_to_save, targets)
     peft.inject_adapter_in_model(
-        peft.LoraConfig(**_peft_options(config, targets)), model, adapter_name=_NAME
+        peft.LoraConfig(**peft_options(config, targets)), model, adapter_name=_NAME
     )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_ADAPTER.search(name) is not None)
-    for name in find_modules(model, config.modules_to_save):
+    for name in saved:
         model.get_submodule(name).requires_grad_(True)
 
 
-def _peft_options(config: LoraConfig, targets: list[str]) -> dict[str, Any]:
+def peft_options(config: LoraConfig, targets: list[str]) -> dict[str, Any]:
     return {
         "r": config.rank,
         "lora_alpha": config.alpha,
@@ -152,7 +151,12 @@ def find_targets(model: nn.Module, wanted: list[str]) -> list[str]:
     if ALL_LINEAR in wanted:
         return kinds
     for word in wanted:
-        if not any(name == word or name.endswith(f".{word}") for name in layers):
+        if not _ending(layers, word):
+            if _ending([name for name, one in model.named_modules() if one is output], word):
+                raise ConfigError(
+                    f"lora.target_modules: {word} is the output matrix, which takes no adapter "
+                    "here; train it whole by lora.modules_to_save"
+                )
             raise ConfigError(
                 f"lora.target_modules: no linear layer is called {word!r}{_nearest(word, kinds)} "
                 f"(there are {', '.join(kinds)}; or all-linear)"
@@ -160,17 +164,32 @@ def find_targets(model: nn.Module, wanted: list[str]) -> list[str]:
     return list(wanted)
 
 
-def find_modules(model: nn.Module, wanted: list[str]) -> list[str]:
-    """Full names of the modules whose names end so; ConfigError for a word that matches none, or
-    a module whose weight is shared with another that stays frozen."""
+def find_modules(model: nn.Module, wanted: list[str], targets: list[str]) -> list[str]:
+    """Full names of the modules whose names end so; ConfigError for a word that matches none, a
+    module that holds layers of `targets`, or one whose weight another shares that stays frozen.
+
+    model: before its adapters.
+    """
     modules = [name for name, _ in model.named_modules() if name]
     found = []
     for word in wanted:
-        matching = [name for name in modules if name == word or name.endswith(f".{word}")]
+        matching = _ending(modules, word)
         if not matching:
             kinds = sorted({name.rpartition(".")[2] for name in modules})
             raise ConfigError(
                 f"lora.modules_to_save: no module is called {word!r}{_nearest(word, kinds)}"
+            )
+        inside = tuple(f"{name}." for name in matching)
+        adapted = [
+            name
+            for target in targets
+            for name in _ending(modules, target)
+            if name in matching or name.startswith(inside)
+        ]
+        if adapted:
+            raise ConfigError(
+                f"lora.modules_to_save: {word} has adapters on {adapted[0]} too, and no adapter "
+                "file can hold both; name it in modules_to_save or in target_modules, not in both"
             )
         found += matching
     if found and bool(getattr(model.config, "tie_word_embeddings", False)):
@@ -184,16 +203,21 @@ def find_modules(model: nn.Module, wanted: list[str]) -> list[str]:
     return found
 
 
+def _ending(names: list[str], word: str) -> list[str]:
+    """Names that are a word, or end in it after a dot: peft's rule."""
+    return [name for name in names if name == word or name.endswith(f".{word}")]
+
+
 def _nearest(word: str, names: list[str]) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen parameters to the dtype that computes; what is trained stays fp32. Before sharding."""
+    """Frozen parameters to the dtype that computes, what is trained to fp32. Before sharding."""
     for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
 def base_name(name: str) -> str:
@@ -209,7 +233,7 @@ def is_adapter(name: str) -> bool:
 def filling(
     model: nn.Module, base: Fill | None, seed: int, adapter: dict[str, Tensor] | None = None
 ) -> Fill:
-    """First values: adapters by `seed` (or from `adapter`, see read_adapter), all else by `base`.
+    """First values: adapters by `seed`, or what `adapter` holds (read_adapter); else by `base`.
 
     A is uniform in +-1/sqrt(in), as peft draws it (kaiming_uniform with a = sqrt(5)), keyed by
     its name; B is zero. Magnitudes are the row norms of the base's weight, which peft's order of
@@ -218,12 +242,11 @@ def filling(
 
     def fill(name: str, parameter: Tensor) -> None:
         found = _ADAPTER.search(name)
-        if found is None:
+        if adapter is not None and (value := adapter.get(peft_name(name))) is not None:
+            _put(parameter, value)  # an adapter's, or one of modules_to_save
+        elif found is None:
             if base is not None:
                 base(base_name(name), parameter)
-            return
-        if adapter is not None:
-            _put(parameter, adapter[peft_name(name)])
         elif found[1] == "lora_A":
             generator = torch.Generator("cpu").manual_seed(seed_of(seed, name))
             bound = 1.0 / math.sqrt(parameter.shape[1])
@@ -238,11 +261,11 @@ def filling(
     return fill
 
 
-def fill_adapters(model: nn.Module, fill: Fill) -> None:
-    """Put first values into the adapters alone, where the base has its own already."""
+def fill_trained(model: nn.Module, fill: Fill) -> None:
+    """Put first values into what is trained alone, where the base has its own already."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if is_adapter(name):
+            if parameter.requires_grad:
                 fill(name, parameter)
 
 
@@ -292,87 +315,8 @@ def merge_adapters(model: nn.Module) -> None:
         setattr(model.get_submodule(owner), leaf, layer.get_base_layer())
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapter file holds, by its names there: all that was trained."""
-    return {
-        peft_name(name): parameter.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def adapter_config(model: nn.Module, config: LoraConfig, base: str) -> dict[str, Any]:
-    """adapter_config.json as peft reads it. model: with its adapters, or its base."""
-    import peft
-
-    targets = config.target_modules
-    if ALL_LINEAR in targets:
-        targets = find_targets(model, targets)
-    made = peft.LoraConfig(
-        **_peft_options(config, sorted(targets)),
-        modules_to_save=list(config.modules_to_save) or None,
-        base_model_name_or_path=base,
-        inference_mode=True,
-    ).to_dict()
-    return {key: sorted(v) if isinstance(v, set) else v for key, v in made.items()}
-
-
-def read_adapter(
-    folder: Path, model: nn.Module, config: LoraConfig, base_digest: str = ""
-) -> dict[str, Tensor]:
-    """Tensors of an adapter folder by their names there, checked against a model with adapters.
-
-    Raises ConfigError where the folder is of another rank, other layers or another base, or
-    holds NaN.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        theirs = json.loads((folder / ADAPTER_CONFIG).read_bytes())
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"lora.init_from: {folder} cannot be read: {error}") from error
-    record = folder / "leyden.json"
-    trained_on = json.loads(record.read_bytes()).get("base_digest") if record.is_file() else None
-    if trained_on and base_digest and trained_on != base_digest:
-        raise ConfigError(
-            f"lora.init_from: {folder} is an adapter of another base: {trained_on[:12]}, and this "
-            f"one is {base_digest[:12]}"
-        )
-    wanted = {
-        peft_name(name): tuple(parameter.shape)
-        for name, parameter in model.named_parameters()
-        if is_adapter(name)
-    }
-    have = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name in wanted}
-    wrong = [f"{name}: {have.get(name, 'missing')} there, {s} here" for name, s in wanted.items()
-             if have.get(name) != s]  # fmt: skip
-    scale = [
-        f"{key} is {theirs.get(key)} there, {value} here"
-        for key, value in (
-            ("r", config.rank), ("lora_alpha", config.alpha), ("use_rslora", config.rslora),
-            ("use_dora", config.method == "dora"),
-        )
-        if theirs.get(key) != value
-    ]  # fmt: skip
-    if wrong or scale:
-        said = "; ".join([*scale, *wrong[:3]])
-        raise ConfigError(f"lora.init_from: {folder} does not fit this model: {said}")
-    broken = sorted(name for name in wanted if bool(tensors[name].isnan().any()))
-    if broken:
-        raise ConfigError(f"lora.init_from: {folder}: {broken[0]} holds NaN")
-    return tensors
-
-
-def count_trained(model: nn.Module) -> tuple[int, int]:
-    """(trained parameters, all parameters), tied ones once."""
-    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
-
-
-def load_in_4bit(folder: Path, attention: str, device: torch.device) -> Any:
-    """A base in bitsandbytes' NF4 with double quantisation, computed in bf16 (QLoRA)."""
+def load_in_4bit(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A base in bitsandbytes' NF4 with double quantisation, computed in `dtype` (QLoRA)."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SetupError(
             "lora.method qlora needs the package bitsandbytes: pip install bitsandbytes, or use "
@@ -384,9 +328,12 @@ def load_in_4bit(folder: Path, attention: str, device: torch.device) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantised, attn_implementation=attention,
-        dtype=torch.bfloat16, device_map={"": device}, local_files_only=True,
+    register_packed_attention()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantised, attn_implementation=PACKED_ATTENTION,
+        dtype=dtype, device_map={"": device}, local_files_only=True,
     )  # fmt: skip
+    # It comes for inference, without dropout, and Lightning keeps a module's mode.
+    return model.train()

@@ -60,7 +60,7 @@ class Plan:
     num_params: int
     """Of the whole model, tied ones once."""
     state_bytes: int
-    """A checkpoint's bytes on this rank: parameters and optimizer state."""
+    """A checkpoint's bytes on this rank: what is trained, and its optimizer state."""
     host_bytes: int
     """Of host memory for this rank's optimizer, where it is offloaded."""
     layout: Layout

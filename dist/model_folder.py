@@ -52,6 +52,11 @@ def find_model(word: str, run_root: str = "runs", *, only_run: bool = False) -> 
                 raise ConfigError(f"{path} is an exported model already; give the name of a run")
             return ModelPlace(kind="folder", path=path)
     for path in tried:
+        if (path / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{path} is an adapter alone: give the run that it is of, or `leyden export RUN "
+                "--merge`"
+            )
         if path.is_dir():
             raise ConfigError(
                 f"{path} is neither a run that has started (no run.json) nor an exported model "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from dist.memory_trace import GRADIENTS, OPTIMIZER, PARAMETERS, MemoryTrace
 from dist.mesh import Layout, data_axes
@@ -72,10 +73,10 @@ class Step:
         self.trace.enter(self.module.net.parameters(), PARAMETERS)
         self.trace.enter(self.module.net.buffers(), PARAMETERS)
         self.trace.enter((p.grad for p in parameters), GRADIENTS)
-        before = self.trace.peak().categories
         self.trace.enter(states, OPTIMIZER)
-        held = self.trace.peak().categories
-        self.state_bytes = before[PARAMETERS] + held[OPTIMIZER]
+        # What is frozen is not saved.
+        saved = [p.to_local() if isinstance(p, DTensor) else p for p in (*parameters, *states)]
+        self.state_bytes = sum(one.numel() * one.element_size() for one in saved)
 
     def run(self) -> None:
         """One step; gradients are gathered or reduced as the strategy does in each micro-batch."""

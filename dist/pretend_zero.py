@@ -75,7 +75,7 @@ class ZeroPartitions:
         part = _FP32 * sum(flat.numel() for flat in self._flats)
         if self._gathered is not None:
             self._gathered.begin()
-            self._trace.hold(PARAMETERS)(part)
+            self._trace.hold(PARAMETERS)(part + self._frozen_part())
             # Both are made once and stay.
             self._bucket(_FP32 * REDUCE_BUCKET)
             if not self._offloads:
@@ -91,6 +91,11 @@ class ZeroPartitions:
             return
         states = [one for state in self._optimizer.state.values() for one in state.values()]
         self._trace.enter([*self._flats, *states], OPTIMIZER)
+
+    def _frozen_part(self) -> int:
+        """Bytes of this rank's part of what is not trained; ZeRO-3 cuts each tensor."""
+        frozen = (p.numel() for p in self._net.parameters() if not p.requires_grad)
+        return _FP32 * sum(-(-size // self._dp_size) for size in frozen)
 
     def begin_backward(self, *, last: bool) -> None:
         """Of a micro-batch, the step's last or not."""

@@ -54,8 +54,11 @@ class Base:
     """Of config.json's model and of every byte of its weights, hex."""
 
 
-def resolve_base(name: str, *, online: bool = True) -> Path:
-    """The local folder of a base; a hub id is looked up in the cache first, then downloaded."""
+def resolve_base(name: str, *, online: bool = True, weights: bool = True) -> Path:
+    """The local folder of a base; a hub id is looked up in the cache first, then downloaded.
+
+    weights: False where config.json is enough, so that nothing larger is downloaded.
+    """
     if not name:
         raise ConfigError("base.path is empty; give a local Hugging Face folder or a hub id")
     folder = Path(name).expanduser()
@@ -69,20 +72,37 @@ def resolve_base(name: str, *, online: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    options: dict[str, Any] = {"revision": revision or None, "allow_patterns": _WEIGHT_FILES}
+    files = _WEIGHT_FILES if weights else ["config.json"]
+    options: dict[str, Any] = {"revision": revision or None, "allow_patterns": files}
     try:
-        return Path(snapshot_download(owner, local_files_only=True, **options))
+        cached = Path(snapshot_download(owner, local_files_only=True, **options))
+        if _is_whole(cached, weights=weights):
+            return cached
     except (LocalEntryNotFoundError, FileNotFoundError):
-        if not online:
-            raise SetupError(
-                f"base.path: {name} is not in this node's Hugging Face cache; download it there "
-                "first, or give a folder that all nodes see"
-            ) from None
+        pass
+    if not online:
+        raise SetupError(
+            f"base.path: {name} is not in this node's Hugging Face cache; download it there "
+            "first, or give a folder that all nodes see"
+        )
     try:
-        return Path(snapshot_download(owner, **options))
+        cached = Path(snapshot_download(owner, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise SetupError(f"base.path: {name} cannot be downloaded: {first}") from None
+    if not _is_whole(cached, weights=weights):  # without a network the hub's client gives what is
+        raise SetupError(
+            f"base.path: {name} cannot be downloaded now, and the cache has but a part: {cached}"
+        )
+    return cached
+
+
+def _is_whole(cached: Path, *, weights: bool) -> bool:
+    """Whether a folder of the cache has what is needed; a download may have been interrupted."""
+    try:
+        return (cached / "config.json").is_file() and bool(not weights or HfWeights(cached).files)
+    except ConfigError:
+        return False
 
 
 def open_base(folder: Path, name: str) -> Base:
@@ -144,8 +164,7 @@ def check_adapters(base: Base, lora: LoraConfig) -> None:
     """ConfigError for a layer or module that the base has not; takes no memory."""
     if lora.has_adapters:
         model = build(hf_config(base.folder)).model
-        find_targets(model, lora.target_modules)
-        find_modules(model, lora.modules_to_save)
+        find_modules(model, lora.modules_to_save, find_targets(model, lora.target_modules))
 
 
 def check_data(base: Base, dataset: Dataset) -> None:

@@ -39,6 +39,7 @@ from dist.precision import decide_precision
 from dist.progress import Progress
 from dist.run_dir import RunDir
 from dist.verify import ShardVerifier, check_presence
+from recipes.causal_lm import BaseConfig
 from recipes.eval_tasks import check_tasks, run_tasks, tasks_table
 from recipes.trained import (
     DataRef,
@@ -62,6 +63,8 @@ class Config:
     """The run or the exported folder. Comes first, without --model."""
     data: DataRef = field(default_factory=DataRef)
     """The dataset; it must have been made with the model's tokenizer."""
+    base: BaseConfig = field(default_factory=BaseConfig)
+    """Where a fine-tuned run's base is now, if it has moved."""
     split: str = "validation"
     """Split of the dataset."""
     rows: int = 0
@@ -96,7 +99,9 @@ def run(config: Config) -> dict[str, Any]:
         raise ConfigError(f"rows {config.rows} must be >= 0, micro_batch {config.micro_batch} >= 1")
     place = resolve(config.model, config.run_root)
     device = choose_device(config.device)
-    trained = open_trained(place, step=config.step, data_url=config.data.url)
+    trained = open_trained(
+        place, step=config.step, data_url=config.data.url, base_path=config.base.path
+    )
     dataset = open_data(trained, config.data.url)
     if config.split not in dataset.manifest.splits():
         have = ", ".join(dataset.manifest.splits())
@@ -136,7 +141,9 @@ def run_harness(config: Config) -> dict[str, Any]:
     """Evaluate on tasks; returns what eval_tasks.json holds."""
     names = check_tasks(config.tasks)
     place = resolve(config.model, config.run_root)
-    trained = open_trained(place, step=config.step, data_url=config.data.url)
+    trained = open_trained(
+        place, step=config.step, data_url=config.data.url, base_path=config.base.path
+    )
     tasks = run_tasks(
         trained, choose_device(config.device), names, folder=config.tasks_folder,
         limit=config.limit, num_fewshot=config.num_fewshot, batch_size=config.micro_batch,

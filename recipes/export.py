@@ -72,7 +72,9 @@ class Config:
 def run(config: Config) -> Path:
     """Export; returns the folder."""
     place = resolve(config.model, config.run_root, only_run=True)
-    trained = open_trained(place, step=config.step, data_url=config.data.url)
+    trained = open_trained(
+        place, step=config.step, data_url=config.data.url, base_path=config.base.path
+    )
     assert trained.checkpoint is not None
     is_tuned = tuned.is_tuned(trained.record)
     adapters = is_tuned and tuned.has_adapters(trained.record)
@@ -96,7 +98,7 @@ def run(config: Config) -> Path:
         )
         size = publish_folder(folder, fill, facts)
     else:
-        model = load_run(trained, config.base.path).to(DTYPES[config.dtype])
+        model = load_run(trained).to(DTYPES[config.dtype])
         model.config.use_cache = True
         facts = lineage(trained, config.dtype, sum(p.numel() for p in model.parameters()))
         facts |= base_facts(base, adapter=False) if base is not None else {}

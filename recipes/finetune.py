@@ -24,7 +24,7 @@ from pytorch_lightning import LightningModule, Trainer
 
 from dist import training
 from dist.activation import check_activation_checkpointing, checkpoint_blocks
-from dist.attention import PACKED_ATTENTION
+from dist.adapter_file import read_adapter
 from dist.batch import Batch
 from dist.compile import Compile, CompileName, check_compile
 from dist.dataset import open_dataset
@@ -45,10 +45,9 @@ from dist.lora import (
     cast_frozen,
     check_lora,
     dora_layers,
-    fill_adapters,
+    fill_trained,
     filling,
     load_in_4bit,
-    read_adapter,
 )
 from dist.mesh import (
     Layout,
@@ -183,7 +182,10 @@ class Finetune(LightningModule):
         lora, strategy = self.config.lora, self.config.parallel.strategy
         device = self.trainer.strategy.root_device
         if lora.method == "qlora":
-            net = causal_lm.PackedDecoder(load_in_4bit(self.base.folder, PACKED_ATTENTION, device))
+            HfWeights(self.base.folder).check_values()
+            dtype = self.precision.compute_dtype
+            in_4bit = load_in_4bit(self.base.folder, device, dtype)
+            net = causal_lm.PackedDecoder(in_4bit)
         else:
             net = causal_lm.build(self.hf_config)
         add_adapters(net.model, lora)
@@ -204,7 +206,7 @@ class Finetune(LightningModule):
         fill_base = None if lora.method == "qlora" else HfWeights(self.base.folder).fill
         fill = filling(net.model, fill_base, self.config.seed, adapter)
         if lora.method == "qlora":  # the base has its values
-            fill_adapters(net.model, fill)
+            fill_trained(net.model, fill)
         else:
             by_name = lambda name, p: fill(name.removeprefix("model."), p)  # noqa: E731
             materialise(net, device, self.config.seed, 0.0, by_name)
@@ -258,7 +260,7 @@ def module_to_plan(config: Config, schema: dict[str, Any], precision: Precision)
     """What `leyden plan` takes through one step on pretended ranks; config.json is enough."""
     guard = Guard(GuardConfig(policy="off"), torch.device("cpu"), world_size=1)
     base = causal_lm.Base(
-        folder=causal_lm.resolve_base(config.base.path), name=config.base.path, digest=""
+        folder=causal_lm.resolve_base(config.base.path, weights=False), name="", digest=""
     )
     return Finetune(
         config, base, schema["seq_len"], precision, Compile(name="off"), Layout(rank=0), guard

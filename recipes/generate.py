@@ -24,6 +24,7 @@ from dist.errors import ConfigError, DataRefused, run_main
 from dist.local_files import create_exclusive
 from dist.progress import Progress
 from dist.tokenizer import TextTokenizer
+from recipes.causal_lm import BaseConfig
 from recipes.chat import chat_ids, hf_tokenizer, require_template
 from recipes.prompts import Shown, parse_memory, printable, prompts_of
 from recipes.trained import (
@@ -86,6 +87,8 @@ class Config:
     """With device_map: limits, as 0=20GiB,cpu=60GiB; empty: what is free."""
     data: DataRef = field(default_factory=DataRef)
     """Where a run's dataset is now, if it has moved; the tokenizer comes from there."""
+    base: BaseConfig = field(default_factory=BaseConfig)
+    """Where a fine-tuned run's base is now, if it has moved."""
     run_root: str = "runs"
     """Where runs lie."""
 
@@ -220,7 +223,9 @@ def end_ids(model: Any, eos: int | None) -> list[int]:
 def open_generator(config: Config) -> Generator:
     """Find and load the model."""
     place = resolve(config.model, config.run_root)
-    trained = open_trained(place, step=config.step, data_url=config.data.url)
+    trained = open_trained(
+        place, step=config.step, data_url=config.data.url, base_path=config.base.path
+    )
     if config.chat:
         require_template(trained)
     size = TextTokenizer(trained.tokenizer_json).vocab_size

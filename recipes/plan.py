@@ -29,9 +29,10 @@ from dist.errors import ConfigError, run_main
 from dist.examples import as_rows
 from dist.local_device import cpu_device
 from dist.memory_plan import MAX_RANKS, Request, plan
-from dist.memory_trace import GRADIENTS
+from dist.memory_trace import GRADIENTS, OPTIMIZER, PARAMETERS
 from dist.plan_text import GIB, Case, case_record, case_text, heading, line
 from dist.step_time import step_time
+from recipes import causal_lm
 
 SUGGESTIONS = 3
 
@@ -114,11 +115,19 @@ def parse(words: Sequence[str]) -> tuple[Asked, argparse.Namespace]:
         device = replace(device, memory_gib=given.memory_gib)
     if given.ranks_per_node:
         device = replace(device, ranks_per_node=given.ranks_per_node)
-    schema = schema_of(config.data, given.vocab_size, given.seq_len)
+    schema = schema_of(config.data, given.vocab_size or base_vocab(config), given.seq_len)
     asked = Asked(
         recipe=recipe, name=name, config=config, schema=schema, ranks=given.ranks, device=device
     )
     return asked, given
+
+
+def base_vocab(config: Any) -> int:
+    """Vocabulary of the base that a config fine-tunes, where there is no dataset; 0 without one."""
+    base = getattr(config, "base", None)
+    if config.data.url or not isinstance(base, causal_lm.BaseConfig):
+        return 0
+    return int(causal_lm.hf_config(causal_lm.resolve_base(base.path, weights=False)).vocab_size)
 
 
 def schema_of(data: Any, vocab_size: int, seq_len: int) -> dict[str, Any]:
@@ -245,8 +254,9 @@ def _value(value: Any) -> str:
 
 def might_fit(last: Case, ranks: int) -> bool:
     """Whether tracing is worth while: if so many ranks shared the state, and held no gradients."""
-    shared = last.plan.state_bytes * (1 - last.ranks / ranks)
-    freed = shared + last.plan.peak.categories[GRADIENTS]
+    held = last.plan.peak.categories
+    shared = (held[PARAMETERS] + held[OPTIMIZER]) * (1 - last.ranks / ranks)
+    freed = shared + held[GRADIENTS]
     return last.needed_gib - 1.1 * freed / GIB <= last.device.memory_gib
 
 

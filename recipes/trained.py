@@ -64,6 +64,8 @@ class Trained:
     """Schema of the run's dataset."""
     template: str = ""
     """Chat template (jinja); '' without one."""
+    base_path: str = ""
+    """Where a fine-tuned run's base is now; '' where it was."""
 
     @property
     def name(self) -> str:
@@ -76,11 +78,13 @@ class Trained:
         return str(self.record.get("tokenizer_digest") or tokenizer_digest(self.tokenizer_json))
 
 
-def open_trained(place: ModelPlace, *, step: int = 0, data_url: str = "") -> Trained:
+def open_trained(
+    place: ModelPlace, *, step: int = 0, data_url: str = "", base_path: str = ""
+) -> Trained:
     """Find the checkpoint (0: the newest valid one), the vocabulary and the tokenizer.
 
     `data_url` says where the run's dataset is now, should it have moved; another dataset there is
-    ignored.
+    ignored. `base_path`: likewise the base of a fine-tuned run.
     """
     if not place.is_run:
         if step:
@@ -108,6 +112,7 @@ def open_trained(place: ModelPlace, *, step: int = 0, data_url: str = "") -> Tra
         record=record,
         schema=schema,
         template=_template_of(dataset, schema.get("template_digest")),
+        base_path=base_path,
     )
 
 
@@ -236,16 +241,13 @@ def load_spread(
     ).eval()
 
 
-def load_run(trained: Trained, base_path: str = "") -> Any:
-    """The model of a run's checkpoint, whole, in fp32 on the CPU; adapters merged into their base.
-
-    base_path: where a fine-tuned run's base is now, should it have moved.
-    """
+def load_run(trained: Trained) -> Any:
+    """A run's model, whole, in fp32 on the CPU; adapters merged into their base."""
     from transformers import LlamaForCausalLM
 
     assert trained.checkpoint is not None
     if tuned.is_tuned(trained.record):
-        base = tuned.base_of(trained.place.path, trained.record, base_path)
+        base = tuned.base_of(trained.place.path, trained.record, trained.base_path)
         return tuned.load_tuned(trained.checkpoint, trained.record, base)
     register_packed_attention()
     shape = trained.record["config"].get("model", {})

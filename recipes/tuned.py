@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 
+from dist.adapter_file import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_config,
+    adapter_tensors,
+)
 from dist.attention import PACKED_ATTENTION, register_packed_attention
 from dist.errors import ConfigError, DataRefused
 from dist.export_hf import load_weights
-from dist.lora import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    LoraConfig,
-    adapter_config,
-    adapter_tensors,
-    add_adapters,
-    merge_adapters,
-)
+from dist.lora import LoraConfig, add_adapters, merge_adapters
 from dist.run_dir import RunDir
 from dist.url_path import Place
 from recipes.causal_lm import Base, hf_config, open_base, resolve_base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -128,10 +129,9 @@ class ChatTokens:
             return Left(error.reason, str(error))
 
     def _special_in(self, conversation: Conversation) -> str:
-        for message in conversation.messages:
-            for value in message.values():
-                if isinstance(value, str) and (match := self._special_text.search(value)):
-                    return match[0]
+        for text in _texts_in([conversation.messages, conversation.tools]):
+            if match := self._special_text.search(text):
+                return match[0]
         return ""
 
     def _example(self, encoding: Any, turns: list[Turn]) -> Example | Left:
@@ -165,6 +165,16 @@ class ChatTokens:
         self.counters["trained_stops"] += int(np.isin(ends, self._stops).sum())
         self.counters["targets"] += example.num_targets
         return example
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """All texts of a value as JSON has them, at any depth: arguments of calls, and keys, too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        for one in inside:
+            yield from _texts_in(one)
 
 
 def _any_of(texts: dict[str, int]) -> re.Pattern[str]:

@@ -30,7 +30,7 @@ def write_base(folder: Path, kind: str = "llama", seed: int = 0, **changes: Any)
 
 
 def config(url: str, base: str, folder: str, changes: dict[str, Any]) -> Any:
-    """A recipe config of a few steps; `changes` by key, lora and parallel as dicts."""
+    """A recipe config of a few steps; `changes` by key; lora, parallel, optim as dicts."""
     from dist.lora import LoraConfig
     from dist.optim import OptimConfig
     from dist.sharding import ParallelConfig
@@ -43,7 +43,9 @@ def config(url: str, base: str, folder: str, changes: dict[str, Any]) -> Any:
         "log_every_steps": 1, "save_every_steps": 3, "val_rows": 8, "async_save": False,
         "keep": 9, **changes,
         "data": DataConfig(url=url), "base": BaseConfig(path=base), "run": folder,
-        "optim": OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.0),
+        "optim": OptimConfig(
+            **{"lr": 1e-2, "warmup_steps": 2, "weight_decay": 0.0, **changes.get("optim", {})}
+        ),
         "lora": LoraConfig(**{"rank": 4, "alpha": 8.0, **changes.get("lora", {})}),
         "parallel": ParallelConfig(**changes.get("parallel", {"strategy": "ddp"})),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ranks of the real pretraining recipe as fast processes: forkserver, gloo, their own exit codes.
+"""Ranks of a real recipe as fast processes: forkserver, gloo, their own exit codes.
 
 Where run_ranks collects results, this lets ranks be signalled and killed, and shows how each one
 ended and what it said, as a launcher would see it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +23,14 @@ JOINED = "joined the world"
 
 
 def config(url: str, folder: Path, **changes: Any) -> Any:
-    """A recipe config of a model of 34k parameters with dropout, fit for two cores."""
+    """A recipe config of a model of 34k parameters with dropout, fit for two cores.
+
+    With `base`, a model's folder, it is fine-tuning's, of tests/finetune_runs.py.
+    """
+    if base := changes.pop("base", ""):
+        from tests import finetune_runs
+
+        return finetune_runs.config(url, base, str(folder), changes)
     from dist.optim import OptimConfig
     from dist.sharding import ParallelConfig
     from dist.start import DataConfig
@@ -65,19 +73,19 @@ def _one_rank(
     )  # fmt: skip
     from dist import training
     from dist.errors import run_main
-    from recipes import pretrain
 
+    made = config(url, folder, **changes)
+    recipe = sys.modules[type(made).__module__]
     if prepare is not None:
         prepare(rank, *args)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
     )
-    made = config(url, folder, **changes)
     print(JOINED, flush=True)
     # Parsing costs half a second a rank; the rest of main() is the real one.
     training.parse_config = lambda *_, **__: made
-    pretrain.share_cores = lambda *_: None
-    run_main(pretrain.main)
+    recipe.share_cores = lambda *_: None  # type: ignore[attr-defined]
+    run_main(recipe.main)  # type: ignore[attr-defined]
 
 
 class World:

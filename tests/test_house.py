@@ -38,7 +38,7 @@ FLOORS: dict[int, set[str]] = {
             verify windowed
         """,
         2: """
-            activation attention batch checkpoint checkpoint_files
+            activation adapter_file attention batch checkpoint checkpoint_files
             checkpoint_url communication compile deepspeed_zero drain export_hf
             fabric_check fabric_probes gradient_scaler guard hang_stacks
             hang_watcher hf_weights initialise loader local_device lora loss

@@ -74,7 +74,10 @@ def runs(place: Path) -> Path:
             worlds[ranks].append((f"{folder}-resumed", str(folder), changes))
     url, base = str(place / "data"), str(place / "base")
     for ranks, jobs in worlds.items():
-        assert run_ranks(play, ranks, 400, url, base, jobs) == [[0] * len(jobs)] * ranks
+        assert (
+            run_ranks(play, ranks, 400 * (1 + 3 * ALL), url, base, jobs)
+            == [[0] * len(jobs)] * ranks
+        )
     return place
 
 
