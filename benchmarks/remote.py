@@ -10,14 +10,13 @@
 3. Bytes downloaded over bytes delivered where the cache holds a fifth of the data. `global` runs
    some steps only: it reads nearly every shard in each.
 
-`sequential` stands for an order that reads few shards at a time; `windowed` is the one for
-training, where dist/windowed.py is there.
+`windowed` is the order for training, with --lanes lanes of at most 4 live shards: one node reads
+all lanes here, so that 16 shards are live. `sequential` is what validation reads.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import shutil
@@ -40,8 +39,10 @@ from dist.cache import CacheConfig
 from dist.dataset import Dataset, SplitTable, open_dataset
 from dist.loader import LoaderPlan, TokenLoader
 from dist.order import Order, SequentialOrder
+from dist.windowed import OrderMode, block_rows_of, make_order
 
 BATCH = 64
+WINDOW = 2  # at most 4 live shards a lane
 SEQ_LEN = 2048
 ROW_BYTES = (SEQ_LEN + 1) * 2
 
@@ -101,21 +102,15 @@ def server(folder: Path) -> Iterator[str]:
         process.wait()
 
 
-def order_of(name: str, split: SplitTable) -> Any:
-    """An order by name; None where it is not there."""
-    if name == "global":
-        return Order(split.num_rows, seed=1)
+def order_of(name: str, split: SplitTable, lanes: int) -> Any:
+    """An order by name."""
     if name == "sequential":
         return SequentialOrder(split.num_rows)
-    if importlib.util.find_spec("dist.windowed") is None:
-        return None
-    windowed = importlib.import_module("dist.windowed")
-    lanes = windowed.auto_lanes(BATCH)
-    mode = windowed.OrderMode(
-        name="windowed", lanes=lanes, window=2,
-        block_rows=windowed.block_rows_of(split.row_start, lanes, 2),
-    )  # fmt: skip
-    return windowed.make_order(split.row_start, 1, mode)
+    if name == "global":
+        return Order(split.num_rows, seed=1)
+    block_rows = block_rows_of(split.row_start, lanes, WINDOW)
+    mode = OrderMode(mode="windowed", lanes=lanes, window=WINDOW, block_rows=block_rows)
+    return make_order(split.row_start, 1, mode)
 
 
 def epoch(
@@ -123,17 +118,16 @@ def epoch(
     cache: Path,
     order_name: str,
     *,
+    lanes: int,
     mb_s: float = 0.0,
     limit_gb: float = 0.0,
     steps: int = 0,
-) -> dict[str, float] | None:
+) -> dict[str, float]:
     """One epoch (or `steps` of it) with an empty cache, at a demand of `mb_s` (0: all there is)."""
     shutil.rmtree(cache, ignore_errors=True)
     dataset = open_dataset(url, CacheConfig(folder=str(cache), limit_gb=limit_gb))
     split = dataset.split("train")
-    order = order_of(order_name, split)
-    if order is None:
-        return None
+    order = order_of(order_name, split, lanes)
     end = min(split.num_rows, steps * BATCH) if steps else split.num_rows
     plan = LoaderPlan(batch=BATCH, micro_batch=BATCH, end_t=end)
     counts = dataset.cache.counts
@@ -172,14 +166,13 @@ def throughput(
         write_rows(dataset, folder / "rows.npy", len(dataset.split("train").shards))
     for turn in range(args.repeat):
         for name in args.order.split(","):
-            found = epoch(url, folder / f"cold-{name}-{turn}", name)
-            if found is not None:
-                rates.setdefault(f"loader_{name}", []).append(found["mb_s"])
-                print(
-                    f"throughput {name}: {found['mb_s']:,.0f} MB/s, first batch after "
-                    f"{found['first_s']:.2f} s",
-                    flush=True,
-                )
+            found = epoch(url, folder / f"cold-{name}-{turn}", name, lanes=args.lanes)
+            rates.setdefault(f"loader_{name}", []).append(found["mb_s"])
+            print(
+                f"throughput {name}: {found['mb_s']:,.0f} MB/s, first batch after "
+                f"{found['first_s']:.2f} s",
+                flush=True,
+            )
         for workers in ("0", "2") if python else ():
             words = [str(folder / "rows.npy"), str(folder / "litdata"), url, str(BATCH), workers]
             theirs = run_peer(python, "litdata_http.py", *words)
@@ -195,7 +188,8 @@ def throughput(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mb", type=int, default=512)
-    parser.add_argument("--shard-mb", type=int, default=16)
+    parser.add_argument("--shard-mb", type=int, default=4)
+    parser.add_argument("--lanes", type=int, default=4)
     parser.add_argument("--order", default="sequential,windowed,global")
     parser.add_argument("--demand-mb-s", type=float, default=50.0)
     parser.add_argument("--global-steps", type=int, default=6)
@@ -215,16 +209,15 @@ def main() -> None:
             url = f"{base}/data"
             result = throughput(dataset, url, folder, args)
             for name in args.order.split(","):
-                waits = epoch(url, folder / f"wait-{name}", name, mb_s=args.demand_mb_s)
-                if waits is None:
-                    print(f"{name}: dist/windowed.py is not there", flush=True)
-                    continue
-                local = epoch(str(folder / "data"), folder / "none", name, mb_s=args.demand_mb_s)
-                assert local is not None
+                asked: dict[str, Any] = {"lanes": args.lanes, "mb_s": args.demand_mb_s}
+                waits = epoch(url, folder / f"wait-{name}", name, **asked)
+                local = epoch(str(folder / "data"), folder / "none", name, **asked)
                 limit_gb = args.mb / 5 / 1e3
                 steps = args.global_steps if name == "global" else 0
-                small = epoch(url, folder / f"small-{name}", name, limit_gb=limit_gb, steps=steps)
-                assert small is not None
+                small = epoch(
+                    url, folder / f"small-{name}", name, lanes=args.lanes, limit_gb=limit_gb,
+                    steps=steps,
+                )  # fmt: skip
                 later, first_s = waits["later_wait_share"], waits["first_s"]
                 print(
                     f"{name}: waits {waits['wait_share']:.1%} of the time at a demand of "

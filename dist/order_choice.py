@@ -18,6 +18,8 @@ from dist.errors import ConfigError
 from dist.storage import Storage
 from dist.windowed import OrderMode, auto_lanes, auto_window, block_rows_of, check_lanes
 
+MAX_LIVE = 1 << 30
+"""No limit: auto_lanes and auto_window have their own."""
 OrderName = Literal["auto", "global", "windowed"]
 
 # f_type of statfs(2). Those of the kernel are in include/uapi/linux/magic.h and, of smb, in
@@ -66,11 +68,14 @@ def slow_place(storage: Storage) -> str:
 def choose_mode(
     name: OrderName, lanes: int, window: int, *,
     tables: list[NDArray[np.int64]], storages: list[Storage], global_batch: int,
+    room: int | None = None, nodes: int = 1,
 ) -> tuple[OrderMode, str]:  # fmt: skip
     """The order of a new run, and why. tables: row_start of each source, (shards + 1,).
 
-    lanes, window: 0 for those that fit. ConfigError for values that the order does not have, or
-    that are given for the global order.
+    lanes, window: 0 for those that fit. room: shards of each source that the caches of all nodes
+    may hold, None where nothing is cached; what `auto` chooses keeps its live shards in half of
+    it (dist/open_shards.py; the rest is fetched ahead), but gives every node a lane. ConfigError
+    for values that the order does not have, or that are given for the global order.
     """
     why = "data.order asks for it"
     if name == "auto":
@@ -83,11 +88,27 @@ def choose_mode(
                 f"order is global ({why}); set data.order to windowed, or leave both at 0"
             )
         return OrderMode(), why
-    lanes = lanes or auto_lanes(global_batch)
+    fits = MAX_LIVE if room is None else room // 2
+    if not lanes:
+        lanes = auto_lanes(global_batch)
+        while lanes // 2 >= nodes and lanes * 2 * (window or 2) > fits:
+            lanes //= 2
     check_lanes(lanes, window or 1)
-    window = window or auto_window(lanes)
+    window = window or max(2, min(auto_window(lanes), fits // (2 * lanes)))
     rows = min(block_rows_of(table, lanes, window) for table in tables)
     return OrderMode(mode="windowed", lanes=lanes, window=window, block_rows=rows), why
+
+
+def room_text(mode: OrderMode, room: int | None) -> str:
+    """A warning where the live shards of an order do not fit into the caches; '' otherwise."""
+    live = 2 * mode.window * mode.lanes
+    if mode.mode == "global" or room is None or live <= room // 2:
+        return ""
+    return (
+        f"up to {live} shards of a source are live at once in this order, and half of the caches "
+        f"of all nodes hold {room // 2}: shards may be fetched again and again; raise "
+        "data.cache_gb, lower data.lanes or data.window, or write smaller shards"
+    )
 
 
 def check_mode(name: OrderName, lanes: int, window: int, mode: OrderMode, run: str) -> None:

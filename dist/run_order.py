@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from dist.dataset import Dataset, open_dataset
 from dist.mixture import MixedOrder, Mixture
-from dist.order_choice import check_mode, choose_mode, spread_text
+from dist.order_choice import check_mode, choose_mode, room_text, spread_text
+from dist.ranks import Ranks
 from dist.run_dir import RunDir
 from dist.windowed import OrderMode, make_order
 
@@ -24,6 +25,9 @@ def order_of_start(
     Raises ConfigError where another one is asked for than the run began with.
     """
     data = config.data
+    ranks = Ranks.from_environment()
+    nodes = max(1, ranks.world_size // ranks.local_world_size)
+    room = cache_room(dataset, nodes)
     if identity is not None:
         mode = OrderMode.of(identity.get("order", {}))
         check_mode(data.order, data.lanes, data.window, mode, f"the run {run.path}")
@@ -33,12 +37,27 @@ def order_of_start(
         mode, why = choose_mode(
             data.order, data.lanes, data.window, tables=tables,
             storages=[one.storage for one in dataset.sources], global_batch=config.global_batch,
+            room=room, nodes=nodes,
         )  # fmt: skip
         for table in tables:
             if warning := spread_text(mode, table):
                 print(f"warning: {warning}", file=sys.stderr)
+    if warning := room_text(mode, room):
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"order: {mode} ({why})", file=sys.stderr)
     return mode
+
+
+def cache_room(dataset: Dataset, nodes: int) -> int | None:
+    """Shards of each source that the caches of all nodes hold together, if each node has this
+    one's; the mean shard counts. None for data that is not cached."""
+    remote = next((one for one in dataset.sources if one.is_remote), None)
+    if remote is None:
+        return None
+    shards = [shard for one in dataset.sources for shard in one.manifest.shards_of("train")]
+    mean_bytes = sum(shard.bytes for shard in shards) / max(1, len(shards))
+    held = nodes * remote.cache.folder.limit_bytes / max(1.0, mean_bytes)
+    return int(held / len(dataset.sources))
 
 
 def first_order(run: RunDir, dataset: Dataset, seed: int, state: Any, num_removed: int) -> Any:

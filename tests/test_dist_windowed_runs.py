@@ -14,7 +14,7 @@ from dist.audit import replay, who_saw
 from dist.batch_layout import batch_samples
 from dist.dataset import Dataset
 from dist.errors import ConfigError
-from dist.order_choice import choose_mode, network_file_system
+from dist.order_choice import choose_mode, network_file_system, room_text
 from dist.run_dir import RunDir
 from dist.start import DataConfig
 from dist.storage import Storage
@@ -104,6 +104,37 @@ def test_auto_goes_by_where_the_data_lies(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert chosen("memory://data", name="global")[0] == OrderMode()
     with pytest.raises(ConfigError, match=r"data\.lanes 4 and data\.window 0 are of the windowed"):
         chosen(str(tmp_path), name="global", lanes=4)
+
+
+@pytest.mark.parametrize(
+    ("room", "nodes", "lanes", "window"),
+    [
+        (None, 1, 64, 2),  # 256 live shards, whatever that takes
+        (1000, 1, 64, 2),
+        (100, 1, 8, 3),  # 48 live: half of the room
+        (26, 1, 2, 3),
+        (3, 1, 1, 2),  # never fewer than one lane, and a warning
+        (40, 8, 8, 2),  # a lane for each node, and a warning
+    ],
+)
+def test_auto_keeps_the_live_shards_in_the_caches(
+    room: int | None, nodes: int, lanes: int, window: int
+) -> None:
+    """A small cache that fetches each shard fourteen times, by the order that we chose."""
+    table = np.arange(1001) * 100
+    mode, _ = choose_mode(
+        "windowed", 0, 0, tables=[table], storages=[], global_batch=64, room=room, nodes=nodes
+    )
+    assert (mode.lanes, mode.window) == (lanes, window)
+    live = 2 * mode.lanes * mode.window
+    assert bool(room_text(mode, room)) == (room is not None and live > room // 2)
+    # What is asked for is taken, with a warning.
+    asked, _ = choose_mode(
+        "windowed", 32, 4, tables=[table], storages=[], global_batch=64, room=room, nodes=nodes
+    )
+    assert (asked.lanes, asked.window) == (32, 4)
+    assert ("up to 256 shards" in room_text(asked, room)) == (room in (100, 26, 3, 40))
+    assert room_text(OrderMode(), room) == ""
 
 
 def test_file_systems_are_told_apart_by_the_kernel(tmp_path: Path) -> None:
