@@ -47,12 +47,15 @@ def measure(config: Any) -> Measured:
     # The recipe's LightningModule.
     owner = typing.get_type_hints(recipe.module_to_plan)["return"]
     held = {"parameters": 0, "optimizer": 0, "cuda": 0}
+    kept: set[int] = set()
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         states = [one for state in optimizer.state.values() for one in state.values()]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         held["parameters"] = sum(map(_local_bytes, parameters))
         held["optimizer"] = sum(_local_bytes(one) for one in states if torch.is_tensor(one))
+        kept.clear()
+        kept.update(_storages())
         if torch.cuda.is_available():
             held["cuda"] = torch.cuda.max_memory_allocated()
 
@@ -71,7 +74,7 @@ def measure(config: Any) -> Measured:
     with profiler as profile, ExitStack() as stack, patched:
         recipe.run(config, Ranks.from_environment(), stack)
     handle.remove()
-    peak = held["cuda"] or _profiled_peak(profile)
+    peak = held["cuda"] or _profiled_peak(profile, kept)
     return Measured(peak=peak, parameters=held["parameters"], optimizer=held["optimizer"])
 
 
@@ -80,15 +83,31 @@ def _local_bytes(tensor: Any) -> int:
     return local.numel() * local.element_size()
 
 
-def _profiled_peak(profile: Any) -> int:
+def _storages() -> set[int]:
+    """Addresses of the memory of all tensors that there are."""
+    import gc
+
+    import torch
+
+    found = set()
+    for one in gc.get_objects():
+        # Not isinstance, which asks proxies for their class.
+        if issubclass(type(one), torch.Tensor) and one.device.type == "cpu":
+            local = one.to_local() if hasattr(one, "to_local") else one
+            found.add(local.untyped_storage().data_ptr())
+    return found
+
+
+def _profiled_peak(profile: Any, kept: set[int]) -> int:
     """Most bytes at once of the CPU allocator from one optimizer step to the next, the least of
-    those between the first and the last.
+    those between the first and the last. kept: addresses in use at the last step.
 
     The profiler sees the frees of this thread only. A tensor that goes through a collective is
     now and then freed by a thread of gloo instead, which lets go of its work a moment after the
     collective has ended; summed up blindly such bytes would stay for ever, some more in each step.
     So memory whose address is given out again was free, and what a collective has allocated
-    itself, or what no free is seen of, counts to the end of the first collective after it.
+    itself, or what no free is seen of, counts to the end of the first collective after it; but
+    for what is still there at the end.
     """
     made, freed, collectives, steps = _events(profile)
     changes: list[tuple[int, int]] = []
@@ -108,8 +127,9 @@ def _profiled_peak(profile: Any) -> int:
             close(address, min(at, _first_after(collectives, start)))
         live[address] = (at, size, inside)
     for address, (start, _, inside) in list(live.items()):
-        # From the second step on nothing new is kept.
-        unseen = inside or start > steps[1]
+        # From the second step on nothing new is kept; and DDP's first buckets, which the second
+        # backward replaces, are not.
+        unseen = inside or start > steps[1] or address not in kept
         close(address, _first_after(collectives, start) if unseen else steps[-1] + 1)
     total, peaks = 0, [0] * len(steps)
     for at, change in sorted(changes):
