@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +135,7 @@ def free_port() -> int:
     raise RuntimeError("no free port")
 
 
-def start_node(
-    work: Path, rank: int, port: int, log: Any, nnodes: str = "2"
-) -> subprocess.Popen[bytes]:
+def start_node(work: Path, rank: int, port: int, log: Any, nnodes: str) -> subprocess.Popen[bytes]:
     """`leyden train` as one of two nodes; both are on this machine, with addresses of their own."""
     return subprocess.Popen(
         [
@@ -149,28 +149,46 @@ def start_node(
     )  # fmt: skip
 
 
-@pytest.mark.timeout(600)
-def test_two_nodes_go_on_after_a_killed_rank(tmp_path: Path) -> None:
-    """Two worlds of one; a node that waits for ever when the other's rank dies; attempts that
-    each node counts for itself; a resumed run that is not the uninterrupted one."""
+@contextmanager
+def two_nodes(
+    work: Path, changes: dict[str, Any], ranks: tuple[int, int], nnodes: str
+) -> Iterator[tuple[str, Path, list[subprocess.Popen[bytes]], Callable[[], str]]]:
+    """Both nodes, started in the order `ranks`, once they have trained past a checkpoint: the
+    dataset's URL, the run's folder, the fronts as started, what both said last. Ends all of it."""
     data = write_dataset(
-        tmp_path / "data", documents=40, num_train_shards=2, with_tokenizer=False
+        work / "data", documents=40, num_train_shards=2, with_tokenizer=False
     ).storage.url
-    changes = {"max_steps": STEPS, "save_every_steps": SAVE_EVERY, "keep": 3}
-    (tmp_path / "small.yaml").write_text(to_yaml(config(data, Path("x"), **changes)))
-    run, port = tmp_path / "runs" / "first", free_port()
-    logs = [open(tmp_path / f"node{rank}.log", "wb") for rank in (0, 1)]  # noqa: SIM115
-    # The second node first: it has to wait for the first one's word.
-    fronts = [start_node(tmp_path, rank, port, logs[rank]) for rank in (1, 0)]
+    (work / "small.yaml").write_text(to_yaml(config(data, Path("x"), **changes)))
+    run, port = work / "runs" / "first", free_port()
+    logs = [open(work / f"node{rank}.log", "wb") for rank in (0, 1)]  # noqa: SIM115
+    fronts = [start_node(work, rank, port, logs[rank], nnodes) for rank in ranks]
 
     def said() -> str:
-        return "\n".join((tmp_path / f"node{rank}.log").read_text()[-3000:] for rank in (0, 1))
+        return "\n".join((work / f"node{rank}.log").read_text()[-3000:] for rank in (0, 1))
 
     try:
         until = time.monotonic() + 240
         while not (len(lines(run / "consumed.jsonl")) >= SAVE_EVERY + 2):
             assert time.monotonic() < until and fronts[0].poll() is None, said()
             time.sleep(0.02)
+        yield data, run, fronts, said
+    finally:
+        for front in fronts:
+            front.kill()
+            front.wait()
+        for pid in processes_of(str(run)):
+            os.kill(pid, signal.SIGKILL)
+        for log in logs:
+            log.close()
+
+
+@pytest.mark.timeout(600)
+def test_two_nodes_go_on_after_a_killed_rank(tmp_path: Path) -> None:
+    """Two worlds of one; a node that waits for ever when the other's rank dies; attempts that
+    each node counts for itself; a resumed run that is not the uninterrupted one."""
+    changes = {"max_steps": STEPS, "save_every_steps": SAVE_EVERY, "keep": 3}
+    # The second node first: it has to wait for the first one's word.
+    with two_nodes(tmp_path, changes, (1, 0), "2") as (data, run, fronts, said):
         (victim,) = [
             pid
             for pid in processes_of(str(run))
@@ -180,14 +198,6 @@ def test_two_nodes_go_on_after_a_killed_rank(tmp_path: Path) -> None:
         os.kill(victim, signal.SIGKILL)
         codes = [front.wait(timeout=240) for front in fronts]
         assert codes == [0, 0], said()
-    finally:
-        for front in fronts:
-            front.kill()
-            front.wait()
-        for pid in processes_of(str(run)):
-            os.kill(pid, signal.SIGKILL)
-        for log in logs:
-            log.close()
     assert {line["ranks"] for line in lines(run / "order.jsonl")} == {2}, "one world of two ranks"
     assert sorted(os.listdir(run / "attempts")) == ["0", "1"]
     assert sorted(os.listdir(run / "attempts" / "0" / "logs")) == ["127.0.1.1", "127.0.1.2"]
@@ -203,47 +213,26 @@ def test_two_nodes_go_on_after_a_killed_rank(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_lost_node_of_one_to_two_is_gone_on_without(tmp_path: Path) -> None:
     """MIN:MAX that needs MAX again after a node is lost, or batches that depend on the nodes."""
-    data = write_dataset(
-        tmp_path / "data", documents=40, num_train_shards=2, with_tokenizer=False
-    ).storage.url
     changes = {"max_steps": 200, "save_every_steps": SAVE_EVERY, "keep": 3, "val_every_steps": 0}
-    (tmp_path / "small.yaml").write_text(to_yaml(config(data, Path("x"), **changes)))
-    run, port = tmp_path / "runs" / "first", free_port()
-    logs = [open(tmp_path / f"node{rank}.log", "wb") for rank in (0, 1)]  # noqa: SIM115
-    fronts = [start_node(tmp_path, rank, port, logs[rank], "1:2") for rank in (0, 1)]
-
-    def said() -> str:
-        return "\n".join((tmp_path / f"node{rank}.log").read_text()[-3000:] for rank in (0, 1))
 
     def ranks_since(attempt: int) -> set[int]:
         found = lines(run / "order.jsonl")
         return {line["ranks"] for line in found if line["attempt"] >= attempt}
 
-    try:
-        until = time.monotonic() + 240
-        while not (len(lines(run / "consumed.jsonl")) >= SAVE_EVERY + 2):
-            assert time.monotonic() < until and fronts[0].poll() is None, said()
-            time.sleep(0.02)
+    with two_nodes(tmp_path, changes, (0, 1), "1:2") as (_, run, fronts, said):
         assert ranks_since(0) == {2}, said()
         # The whole node: its front, its agent, its rank, what watches it.
         for pid in processes_of(str(run)):
             if environ(pid).get("LEYDEN_NODE") == "127.0.1.2" or pid == fronts[1].pid:
                 os.kill(pid, signal.SIGKILL)
         fronts[1].kill()
+        until = time.monotonic() + 240
         while not [one for one in lines(run / "consumed.jsonl") if one["attempt"] >= 1]:
             assert time.monotonic() < until and fronts[0].poll() is None, said()
             time.sleep(0.1)
         assert ranks_since(1) == {1}
         fronts[0].send_signal(signal.SIGINT)
         assert fronts[0].wait(timeout=120) == 75, said()
-    finally:
-        for front in fronts:
-            front.kill()
-            front.wait()
-        for pid in processes_of(str(run)):
-            os.kill(pid, signal.SIGKILL)
-        for log in logs:
-            log.close()
     # Attempts overlap by what was not saved; each step has its own rows, whoever took it.
     rows = {(one["step"], one["t0"], one["t1"]) for one in lines(run / "consumed.jsonl")}
     assert rows == {(step, 8 * step, 8 * step + 8) for step in range(len(rows))}
