@@ -2,12 +2,14 @@
 
     python -m benchmarks.loader [--rows 65536] [--seq-len 2048] [--seconds 3] [--no-peers]
 
-All read shuffled rows from the page cache. The bare copy is what no loader in Python can beat:
-`out[i] = mapped[row]`. Ours also finds the documents of each row and their borders; the peers
-deliver bare tokens, each with no worker process and with two, the faster one counts. Each peer
-first gives one epoch whole, in which every row is compared with what was stored, and says how far
-over the data the rows of a batch are spread (1 for a shuffle of everything; ours is 1). Rows per
-CPU second (no worker processes) are what a busy machine disturbs least. All take turns.
+All read shuffled rows from the page cache. The bare copy is one numpy call a micro-batch on one
+map of all rows, their order known: what the machine's memory gives. Beside it stand a copy row by
+row, and one with the order and the shards that the rows have to be found in. Ours works the order
+out and also finds the documents of each row and their borders; the peers deliver bare tokens, each
+with no worker process and with two, the faster one counts. Each peer first gives one epoch whole,
+in which every row is compared with what was stored, and says how far over the data the rows of a
+batch are spread (1 for a shuffle of everything; ours is 1). Rows per CPU second (no worker
+processes) are what a busy machine disturbs least. All take turns.
 """
 
 from __future__ import annotations
@@ -18,15 +20,18 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.peer_env import TORCH, peer_python, run_peer
 from dist.commit import commit_dataset, publish_shard
 from dist.dataset import Dataset, open_dataset
+from dist.documents import shard_rows
 from dist.loader import LoaderPlan, TokenLoader
 from dist.manifest import Manifest, Shard
 from dist.order import Order
@@ -106,22 +111,52 @@ def make_dataset(folder: Path, num_rows: int, seq_len: int, rows_per_shard: int)
     return open_dataset(str(folder))
 
 
-def bare_copy(dataset: Dataset, order: Order, micro_batch: int, seconds: float) -> Rate:
-    """Copying random rows out of the maps into a new buffer a batch."""
+def bare_copy(mapped: NDArray[Any], micro_batch: int, seconds: float) -> Rate:
+    """Copying random rows out of one map into a new buffer a batch, their order worked out before:
+    one numpy call each, which is what the memory of this machine gives."""
+    rows = np.random.default_rng(1).permutation(len(mapped))
+    batches = rows[: len(rows) // micro_batch * micro_batch].reshape(-1, micro_batch)
+    return _rate(lambda number: mapped[batches[number % len(batches)]], micro_batch, seconds)
+
+
+def copy_by_row(mapped: NDArray[Any], micro_batch: int, seconds: float) -> Rate:
+    """The same by `out[i] = mapped[row]`, as a loader does that takes its samples one by one."""
+    rows = np.random.default_rng(1).permutation(len(mapped))
+    batches = rows[: len(rows) // micro_batch * micro_batch].reshape(-1, micro_batch)
+
+    def copy(number: int) -> None:
+        out = np.empty((micro_batch, mapped.shape[1]), mapped.dtype)
+        for i, row in enumerate(batches[number % len(batches)].tolist()):
+            out[i] = mapped[row]
+
+    return _rate(copy, micro_batch, seconds)
+
+
+def read_by_row(dataset: Dataset, order: Order, micro_batch: int, seconds: float) -> Rate:
+    """The same with what any reader of these shards has to do: the order of each micro-batch, and
+    where each row lies in which shard's map."""
     split = dataset.split("train")
-    # The views a reader would keep: one array a shard, rows by number.
-    shards = [PackedShard(dataset.shard_path(shard)) for shard in split.shards]
-    views = [[shard._tokens[b] for b in range(len(shard._tokens))] for shard in shards]
-    per_batch = shards[0]._rows_per_batch
-    t, started, cpu = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() - started < seconds:
-        _, rows = order.rows(t, t + micro_batch)
+    shards = [list(shard_rows(dataset.shard_path(shard))) for shard in split.shards]
+    views = [[batch.tokens for batch in shard] for shard in shards]
+    per_batch = len(views[0][0])
+
+    def copy(number: int) -> None:
+        _, rows = order.rows(number * micro_batch, (number + 1) * micro_batch)
         shard, local = split.locate(rows)
-        out = np.empty((micro_batch, shards[0].seq_len + 1), np.uint16)
+        out = np.empty((micro_batch, views[0][0].shape[1]), views[0][0].dtype)
         for i, (s, row) in enumerate(zip(shard.tolist(), local.tolist(), strict=True)):
             out[i] = views[s][row // per_batch][row % per_batch]
-        t += micro_batch
-    return Rate(t / (time.perf_counter() - started), t / (time.process_time() - cpu))
+
+    return _rate(copy, micro_batch, seconds)
+
+
+def _rate(copy: Callable[[int], Any], micro_batch: int, seconds: float) -> Rate:
+    number, started, cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - started < seconds:
+        copy(number)
+        number += 1
+    count = number * micro_batch
+    return Rate(count / (time.perf_counter() - started), count / (time.process_time() - cpu))
 
 
 def loader(dataset: Dataset, order: Order, micro_batch: int, seconds: float) -> Rate:
@@ -214,17 +249,25 @@ def main() -> None:
         dataset = make_dataset(folder / "data", args.rows, args.seq_len, args.rows // 16)
         order = Order(dataset.split("train").num_rows, seed=1)
         peers = [] if args.no_peers else make_peers()
-        write_rows(dataset, folder / "rows.npy")
-        bare_copy(dataset, order, args.micro_batch, 1.0)  # warms the page cache
+        write_rows(dataset, folder / "rows.npy", len(dataset.split("train").shards))
+        mapped = np.asarray(np.load(folder / "rows.npy", mmap_mode="r"))
+        bare_copy(mapped, args.micro_batch, 1.0)  # warms the page cache
+        loader(dataset, order, args.micro_batch, 1.0)
         for _ in range(args.repeat):
-            bare = bare_copy(dataset, order, args.micro_batch, args.seconds)
+            bare = bare_copy(mapped, args.micro_batch, args.seconds)
+            by_row = copy_by_row(mapped, args.micro_batch, args.seconds)
+            reader = read_by_row(dataset, order, args.micro_batch, args.seconds)
             ours = loader(dataset, order, args.micro_batch, args.seconds)
             rates.setdefault("bare", []).append(bare)
+            rates.setdefault("by_row", []).append(by_row)
+            rates.setdefault("reader", []).append(reader)
             rates.setdefault("loader", []).append(ours)
             print(
                 f"loader {ours.wall:,.0f} rows/s, bare copy {bare.wall:,.0f}, ratio "
                 f"{ours.wall / bare.wall:.2f}; a CPU second {ours.cpu:,.0f} and {bare.cpu:,.0f}, "
-                f"ratio {ours.cpu / bare.cpu:.2f}",
+                f"ratio {ours.cpu / bare.cpu:.2f}; a copy by row {by_row.wall:,.0f}, ratio "
+                f"{ours.wall / by_row.wall:.2f}; and with its order from shards "
+                f"{reader.wall:,.0f}, ratio {ours.wall / reader.wall:.2f}",
                 flush=True,
             )
             for peer in peers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,10 +38,21 @@ def peer_python(name: str, requirements: list[str], no_deps: tuple[str, ...] = (
 
 
 def run_peer(python: str, script: str, *arguments: str) -> dict[str, Any]:
-    """Run a script of benchmarks/peers; its last line of output is JSON."""
+    """Run a script of benchmarks/peers; its last line of output is JSON.
+
+    Once more, up to twice, where it or a worker of it crashed: litData 0.2.76 does now and then.
+    """
     command = [python, str(ROOT / "benchmarks" / "peers" / script), *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT / "build")
+    for tries_left in (2, 1, 0):
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, cwd=ROOT / "build"
+        )
+        crashed = done.returncode == -signal.SIGSEGV or "egmentation fault" in done.stderr
+        if not crashed or not tries_left:
+            break
+        print(f"  {script} crashed (segmentation fault); once more", flush=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+        said = f"exit {done.returncode}:\n{done.stderr[-3000:]}"
+        raise RuntimeError(f"{' '.join(command)} failed, {said}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found

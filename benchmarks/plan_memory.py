@@ -55,7 +55,7 @@ def measure(config: Any) -> Measured:
         held["parameters"] = sum(map(_local_bytes, parameters))
         held["optimizer"] = sum(_local_bytes(one) for one in states if torch.is_tensor(one))
         kept.clear()
-        kept.update(_storages())
+        kept.update(storages())
         if torch.cuda.is_available():
             held["cuda"] = torch.cuda.max_memory_allocated()
 
@@ -83,18 +83,23 @@ def _local_bytes(tensor: Any) -> int:
     return local.numel() * local.element_size()
 
 
-def _storages() -> set[int]:
+def storages() -> set[int]:
     """Addresses of the memory of all tensors that there are."""
     import gc
 
     import torch
+    from torch._subclasses.fake_tensor import is_fake
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     found = set()
     for one in gc.get_objects():
         # Not isinstance, which asks proxies for their class.
-        if issubclass(type(one), torch.Tensor) and one.device.type == "cpu":
-            local = one.to_local() if hasattr(one, "to_local") else one
-            found.add(local.untyped_storage().data_ptr())
+        if not issubclass(type(one), torch.Tensor) or one.device.type != "cpu":
+            continue
+        # DTensor and what a collective gives have no memory but that of a tensor they hold, found
+        # by itself; DTensor works out shapes on fake ones, which lie about until collected.
+        if not is_traceable_wrapper_subclass(one) and not is_fake(one):
+            found.add(one.untyped_storage().data_ptr())
     return found
 
 

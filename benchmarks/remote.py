@@ -185,13 +185,58 @@ def throughput(
     return {f"{name}_mb_s": round(statistics.median(one), 1) for name, one in rates.items()}
 
 
+def waiting(url: str, dataset: Dataset, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Figure 2: the share of wall time that a consumer at a steady demand waits."""
+    result = {}
+    for name in args.order.split(","):
+        asked: dict[str, Any] = {"lanes": args.lanes, "mb_s": args.demand_mb_s}
+        waits = epoch(url, folder / f"wait-{name}", name, **asked)
+        local = epoch(dataset.storage.url, folder / "none", name, **asked)
+        print(
+            f"{name}: waits {waits['wait_share']:.2%} of the time at a demand of "
+            f"{args.demand_mb_s:.0f} MB/s ({waits['later_wait_share']:.2%} after its first batch, "
+            f"which took {waits['first_s']:.2f} s; {local['later_wait_share']:.2%} from the local "
+            "folder)",
+            flush=True,
+        )
+        result |= {
+            f"{name}_wait_share": round(waits["wait_share"], 4),
+            f"{name}_later_wait_share": round(waits["later_wait_share"], 4),
+            f"{name}_local_wait_share": round(local["later_wait_share"], 4),
+        }
+    return result
+
+
+def downloads(url: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Figure 3: bytes downloaded over bytes delivered with a small cache."""
+    result = {}
+    limit_gb = args.mb * args.cache_share / 1e3
+    for name in args.order.split(","):
+        steps = args.global_steps if name == "global" else 0
+        small = epoch(
+            url, folder / f"small-{name}", name, lanes=args.lanes, limit_gb=limit_gb, steps=steps
+        )
+        of = f"{steps} steps" if steps else "an epoch"
+        print(
+            f"{name}: a cache of {limit_gb * 1e3:,.0f} of {args.mb:,} MB downloads "
+            f"{small['downloaded_ratio']:,.2f} x what it delivers in {of}, {small['evicted']:.0f} "
+            f"shards evicted, {small['wall_s']:.0f} s",
+            flush=True,
+        )
+        result[f"{name}_downloaded_ratio"] = round(small["downloaded_ratio"], 3)
+        shutil.rmtree(folder / f"small-{name}")
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mb", type=int, default=512)
     parser.add_argument("--shard-mb", type=int, default=4)
     parser.add_argument("--lanes", type=int, default=4)
     parser.add_argument("--order", default="sequential,windowed,global")
+    parser.add_argument("--figures", default="throughput,waiting,downloads")
     parser.add_argument("--demand-mb-s", type=float, default=50.0)
+    parser.add_argument("--cache-share", type=float, default=0.2)
     parser.add_argument("--global-steps", type=int, default=6)
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--no-peers", action="store_true")
@@ -199,41 +244,22 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         return serve(args.serve)
+    figures = args.figures.split(",")
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="leyden-bench-"))
+    result: dict[str, Any] = {}
     try:
         rows_per_shard = args.shard_mb * 1_000_000 // ROW_BYTES
         num_rows = args.mb // args.shard_mb * rows_per_shard
         dataset = make_dataset(folder / "data", num_rows, SEQ_LEN, rows_per_shard)
         with server(folder) as base:
             url = f"{base}/data"
-            result = throughput(dataset, url, folder, args)
-            for name in args.order.split(","):
-                asked: dict[str, Any] = {"lanes": args.lanes, "mb_s": args.demand_mb_s}
-                waits = epoch(url, folder / f"wait-{name}", name, **asked)
-                local = epoch(str(folder / "data"), folder / "none", name, **asked)
-                limit_gb = args.mb / 5 / 1e3
-                steps = args.global_steps if name == "global" else 0
-                small = epoch(
-                    url, folder / f"small-{name}", name, lanes=args.lanes, limit_gb=limit_gb,
-                    steps=steps,
-                )  # fmt: skip
-                later, first_s = waits["later_wait_share"], waits["first_s"]
-                print(
-                    f"{name}: waits {waits['wait_share']:.1%} of the time at a demand of "
-                    f"{args.demand_mb_s:.0f} MB/s ({later:.2%} after its first batch, which took "
-                    f"{first_s:.2f} s; {local['later_wait_share']:.2%} from the local folder); a "
-                    f"cache of {limit_gb * 1e3:.0f} of {args.mb} MB downloads "
-                    f"{small['downloaded_ratio']:.2f} x what it delivers, {small['evicted']:.0f} "
-                    "shards evicted",
-                    flush=True,
-                )
-                result |= {
-                    f"{name}_wait_share": round(waits["wait_share"], 4),
-                    f"{name}_later_wait_share": round(waits["later_wait_share"], 4),
-                    f"{name}_local_wait_share": round(local["later_wait_share"], 4),
-                    f"{name}_downloaded_ratio": round(small["downloaded_ratio"], 3),
-                }
+            if "throughput" in figures:
+                result |= throughput(dataset, url, folder, args)
+            if "waiting" in figures:
+                result |= waiting(url, dataset, folder, args)
+            if "downloads" in figures:
+                result |= downloads(url, folder, args)
     finally:
         shutil.rmtree(folder)
     print(json.dumps(result))

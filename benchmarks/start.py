@@ -2,11 +2,11 @@
 
     python -m benchmarks.start [--shards 10000] [--repeat 5]
 
-The order at N = 10^6, 10^9 and 10^12 rows over a synthetic table of shards: the time from the
-table to the first step's shards and rows, the same for a resume in the middle, and the bytes of
-state that a checkpoint holds. Beside it stands what a permutation in memory costs, numpy's own,
-where it fits: that is the peer. Then a manifest of 10,000 shards, in a folder with a (sparse)
-file for each: reading and checking it, the shard table, and that every shard is present.
+The order at N = 10^6, 10^9 and 10^12 rows over a synthetic table of shards, global and windowed:
+the time from the table to the first step's shards and rows, the same for a resume in the middle,
+and the bytes of state that a checkpoint holds. Beside it stands what a permutation in memory costs,
+numpy's own, where it fits: that is the peer. Then a manifest of 10,000 shards, in a folder with a
+(sparse) file for each: reading and checking it, the shard table, and that every shard is present.
 Each in a fresh interpreter, imports apart, medians over the repeats. Goals: flat, below 1 s, and
 below 1 MB of order state.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -23,15 +24,18 @@ import tempfile
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dist.commit import commit_dataset
 from dist.dataset import SplitTable, open_dataset
 from dist.manifest import Manifest, Shard
-from dist.order import Order, OrderState
+from dist.order import MODES, Order, OrderState
 from dist.storage import Storage
 from dist.verify import check_presence
+from dist.windowed import MAX_LANES, OrderMode, auto_window, block_rows_of, make_order
 
 NUM_ROWS = (10**6, 10**9, 10**12)
 BATCH = 1024
@@ -51,30 +55,46 @@ def synthetic_shards(num_shards: int, num_rows: int) -> tuple[Shard, ...]:
     return tuple(shards)
 
 
-def order_facts(num_rows: int, num_shards: int) -> dict[str, float]:
+def made_order(starts: NDArray[np.int64], mode: str) -> Any:
+    """An order in the mode that a run would take, with as many lanes as it has at most."""
+    if mode == "global":
+        return make_order(starts, 1, OrderMode())
+    window = auto_window(MAX_LANES)
+    blocks = block_rows_of(starts, MAX_LANES, window)
+    return make_order(
+        starts, 1, OrderMode(mode=mode, lanes=MAX_LANES, window=window, block_rows=blocks)
+    )
+
+
+def order_facts(num_rows: int, num_shards: int, mode: str) -> dict[str, float]:
     """Seconds and bytes of one order, in this process."""
     shards = synthetic_shards(num_shards, num_rows)
     counts = [shard.rows for shard in shards]
     Order(1000, seed=1).rows(0, 1000)  # numpy imports some of itself at first use
     tracemalloc.start()
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
-    order = Order(num_rows, seed=1)
+    order = made_order(starts, mode)
     order.rows(0, BATCH)
     held = tracemalloc.get_traced_memory()[0]  # what stays: the table's row numbers, the order
     tracemalloc.stop()
     started = time.perf_counter()
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
     table = SplitTable(name="train", shards=shards, row_start=starts)
-    _, rows = Order(table.num_rows, seed=1).rows(0, BATCH)
+    order = made_order(starts, mode)
+    _, rows = order.rows(0, BATCH)
     table.locate(rows)
     first_s = time.perf_counter() - started
     t = 3 * num_rows // 2  # in the middle of the second epoch
     digest = "0" * 64
-    state = OrderState(data_digest=digest, seed=1, step=t // BATCH, t=t, batch=BATCH)
+    state = OrderState(
+        data_digest=digest, seed=1, step=t // BATCH, t=t, batch=BATCH, mode=mode,
+        lanes=getattr(order, "lanes", 0), block_rows=getattr(order, "block_rows", 0),
+    )  # fmt: skip
     stored = json.dumps(state.to_dict()).encode()
     started = time.perf_counter()
     found = OrderState.from_dict(json.loads(stored))
-    _, rows = Order(num_rows, found.seed).rows(found.t, found.t + BATCH)
+    resumed = make_order(starts, found.seed, OrderMode.of(found))
+    _, rows = resumed.rows(found.t, found.t + BATCH)
     table.locate(rows)
     resume_s = time.perf_counter() - started
     return {
@@ -158,28 +178,29 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--order", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--mode", default="global", help=argparse.SUPPRESS)
     parser.add_argument("--open", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.order:
-        print(json.dumps(order_facts(args.order, args.shards)))
+        print(json.dumps(order_facts(args.order, args.shards, args.mode)))
         return
     if args.open:
         print(json.dumps(opening_facts(args.open)))
         return
     found: dict[str, object] = {}
-    for num_rows in NUM_ROWS:
-        words = ("--order", str(num_rows), "--shards", str(args.shards))
+    for mode, num_rows in itertools.product(MODES, NUM_ROWS):
+        words = ("--order", str(num_rows), "--shards", str(args.shards), "--mode", mode)
         facts = medians([fresh(*words) for _ in range(args.repeat)])
         shuffled = permutation_s(num_rows)
         in_memory = "does not fit" if shuffled is None else f"{shuffled * 1e3:.1f} ms"
         print(
-            f"N = 10^{len(str(num_rows)) - 1}: first rows {facts['first_s'] * 1e3:.2f} ms, resume "
-            f"{facts['resume_s'] * 1e3:.2f} ms, state {facts['state_bytes']:.0f} bytes, order and "
-            f"shard table {facts['held_bytes']:,.0f} bytes; numpy.random.permutation {in_memory}, "
-            f"{num_rows * 8:,} bytes",
+            f"{mode}, N = 10^{len(str(num_rows)) - 1}: first rows {facts['first_s'] * 1e3:.2f} "
+            f"ms, resume {facts['resume_s'] * 1e3:.2f} ms, state {facts['state_bytes']:.0f} bytes, "
+            f"order and shard table {facts['held_bytes']:,.0f} bytes; numpy.random.permutation "
+            f"{in_memory}, {num_rows * 8:,} bytes",
             flush=True,
         )
-        found[f"order_{num_rows:.0e}"] = {**facts, "numpy_permutation_s": shuffled}
+        found[f"{mode}_{num_rows:.0e}"] = {**facts, "numpy_permutation_s": shuffled}
     with tempfile.TemporaryDirectory(prefix="leyden-bench-") as folder:
         make_dataset(folder + "/data", args.shards)
         facts = medians([fresh("--open", folder + "/data") for _ in range(args.repeat)])

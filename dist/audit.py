@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 
 from dist.batch_layout import batch_samples
+from dist.checked_shards import checked_rows
 from dist.dataset import Dataset, open_dataset
 from dist.errors import ConfigError, DataRefused
 from dist.examples import rows_as_trained
-from dist.lineage import RowRef, input_paths, refs_of, rows_of_key
-from dist.mixture import MixedOrder
+from dist.lineage import RowRef, input_paths, refs_of
+from dist.mixed_order import MixedOrder
 from dist.order import Order
 from dist.run_dir import RunDir
 from dist.run_history import I64, History, Segment, read_config, read_history
 from dist.run_order import mixed_order
 from dist.skips import SkippingOrder, Skips
-from dist.sources import open_run_sources
-from dist.stages import Stages, first_numbers, read_stages
+from dist.source_versions import open_run_sources
+from dist.switched_rows import removed_rows, rows_of_run_key
 from dist.tokenizer import TextTokenizer
 from dist.windowed import make_order
 
@@ -129,7 +130,7 @@ def who_saw(
     dataset = open_run_data(run, data)
     num_rows = dataset.split(TRAIN).num_rows
     history = read_history(run, num_rows)
-    rows = _rows_of_key(run, dataset, key, progress=progress)
+    rows = rows_of_run_key(run, dataset, key, progress=progress)
     order = order_of_segment(dataset, history.segments[-1])
     if epochs is None:
         epochs = epochs_of(order, history.end_t)
@@ -140,37 +141,8 @@ def who_saw(
     return Answer(
         data=dataset.reference, key=key, rows=rows, sightings=sightings, epochs=epochs,
         steps_done=history.next_step, planned_steps=history.planned_steps,
-        removed={
-            row: line["data_digest"]
-            for line in reversed(read_stages(run).lines)
-            for row in line["removed"]
-            if row in numbers
-        },
+        removed={row: one for row, one in removed_rows(run, dataset).items() if row in numbers},
     )  # fmt: skip
-
-
-def _rows_of_key(run: RunDir, first: Dataset, key: str, *, progress: bool) -> list[RowRef]:
-    """Rows that a key names, in the numbers of the run's first dataset.
-
-    A shard may be one of a version that the run switched to.
-    """
-    try:
-        return rows_of_key(first, key, progress=progress)
-    except ConfigError:
-        lines = read_stages(run).lines
-        for number in reversed(range(len(lines))):
-            derived = open_dataset(lines[number]["data"])
-            prefix = key.partition(":")[0]
-            if not any(shard.name.startswith(prefix) for shard in derived.manifest.shards):
-                continue
-            found = rows_of_key(derived, key, progress=progress)
-            removed = Stages(lines=lines[: number + 1]).removed
-            numbers = [
-                first_numbers([one.row], removed)[0] if one.split == TRAIN else one.row
-                for one in found
-            ]
-            return [replace(one, row=n) for one, n in zip(found, numbers, strict=True)]
-        raise
 
 
 def order_of_segment(dataset: Dataset, segment: Segment) -> SkippingOrder:
@@ -178,7 +150,8 @@ def order_of_segment(dataset: Dataset, segment: Segment) -> SkippingOrder:
     skips = Skips(segment.skipped)
     if segment.stages:
         stages = list(segment.stages)
-        return SkippingOrder(mixed_order(dataset, segment.seed, segment.mode, stages), skips)
+        tables = [part.split(TRAIN).row_start for part in dataset.sources]
+        return SkippingOrder(mixed_order(tables, segment.seed, segment.mode, stages), skips)
     order = make_order(dataset.split(TRAIN).row_start, segment.seed, segment.mode)
     return SkippingOrder(order, skips)
 
@@ -192,8 +165,7 @@ def epochs_of(order: SkippingOrder, end_t: int) -> int:
     mixed = order.stream
     end = int(order.skips.to_stream(np.array([end_t]))[0])
     counts = mixed.mixture.counts_at(-(-end // mixed.lanes))
-    pairs = zip(counts, mixed.orders, strict=True)
-    return max(1, *(-(-count * mixed.lanes // one.num_rows) for count, one in pairs))
+    return max(1, *(mixed.epochs_of(s, count * mixed.lanes) for s, count in enumerate(counts)))
 
 
 def sightings_of(
@@ -317,15 +289,17 @@ def read_pieces(dataset: Dataset, refs: list[RowRef], *, text: bool) -> list[lis
         here, own = list(numbers), paths[mixed_in]
         split = dataset.sources[names.index(mixed_in)].split(refs[here[0]].split)
         at = next(i for i, shard in enumerate(split.shards) if shard.name == name)
-        shard = split.open_shard(at, dataset.shard_path(split.shards[at]))
+        wanted = np.array([refs[number].row_in_shard for number in here])
+        path = checked_rows(dataset.sources[names.index(mixed_in)], split, at, wanted)
+        shard = split.open_shard(at, path)
         for number in here:
             row, start = refs[number].row_in_shard, 0
             tokens = shard.tokens(row, row + 1)[0]
             for source, offset, length in shard.lineage(row):
                 said = tokenizer.decode(tokens[start : start + length]) if tokenizer else None
-                path = (own[source][0] or own[source][1]) if source < len(own) else ""
+                name = (own[source][0] or own[source][1]) if source < len(own) else ""
                 pieces[number].append(
-                    Piece(input=source, path=path, offset=offset, tokens=length, text=said)
+                    Piece(input=source, path=name, offset=offset, tokens=length, text=said)
                 )
                 start += length
         shard.close()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from dist.checked_shards import checked_path
 from dist.dataset import Dataset
 from dist.shard_file import PackedShard
 
@@ -53,7 +54,7 @@ def _valid_pairs(
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """(input token, target token) of valid targets, two (k,) arrays at a time."""
     for entry in dataset.split(split).shards:
-        shard = PackedShard(dataset.shard_path(entry))
+        shard = PackedShard(checked_path(dataset, entry))
         for start in range(0, shard.num_rows, ROWS_AT_ONCE):
             stop = min(start + ROWS_AT_ONCE, shard.num_rows)
             tokens = shard.tokens(start, stop).astype(np.int64)

@@ -7,8 +7,10 @@ Documents travel as piece lengths, a few numbers a row; what the model needs of 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -109,67 +111,99 @@ class Batch:
         return found if self.trained is None else found | {"trained": self.trained}
 
 
-def make_batches(
-    tokens: NDArray[np.unsignedinteger],
-    rows: NDArray[np.int64],
-    doc_lens: NDArray[np.int32],
-    row_splits: NDArray[np.int64],
-    micro_batch: int,
-) -> list[Batch]:
-    """Cut rows into micro-batches of `micro_batch` rows.
+class Documents(NamedTuple):
+    """Where the documents of a micro-batch lie; fields as in Batch."""
 
-    tokens: (n, seq + 1), n a multiple of micro_batch; rows: (n,); doc_lens: (pieces,) of all
-    rows, row_splits: (n + 1,). A row without pieces is all padding.
+    pieces: Tensor
+    cu_seqlens: Tensor
+    max_len: int
+    num_targets: int
+
+
+def documents_of(
+    doc_lens: NDArray[np.int32], row_splits: NDArray[np.int64], width: int, micro_batch: int
+) -> list[Documents]:
+    """Of each micro-batch of `micro_batch` rows of `width` tokens.
+
+    doc_lens: (pieces,) of all rows, row_splits: (n + 1,), n a multiple of micro_batch. A row
+    without pieces is all padding.
     """
-    num_rows, width = tokens.shape
-    seq_len = width - 1
+    num_rows, seq_len = len(row_splits) - 1, width - 1
     # Every row's pieces, then its padding (maybe 0 long): sums to width a row.
-    counts = np.diff(row_splits) + 1
-    piece_splits = np.concatenate(([0], np.cumsum(counts)))
+    piece_splits = row_splits + np.arange(num_rows + 1)
     last = piece_splits[1:] - 1
-    used = np.concatenate(([0], np.cumsum(doc_lens, dtype=np.int64)))[row_splits]
+    used = _sums(doc_lens)[row_splits]
+    padding = width - np.diff(used)
     pieces = np.ones((2, len(doc_lens) + num_rows), np.int32)
-    pieces[1, last] = 0
-    pieces[0, pieces[1] == 1] = doc_lens
-    pieces[0, last] = width - np.diff(used)
-    # A row's last token is a target only: its piece is one shorter as an input.
-    row_of = np.repeat(np.arange(num_rows), counts)
-    ends = np.cumsum(pieces[0], dtype=np.int64) - row_of * width
-    input_ends = np.minimum(ends, seq_len) + row_of * seq_len
-    targets = used - row_splits  # every piece of k tokens has k - 1
-    batches = []
-    for micro, first in enumerate(range(0, num_rows, micro_batch)):
-        after = first + micro_batch
-        here = slice(piece_splits[first], piece_splits[after])
-        borders = np.concatenate(([0], input_ends[here] - first * seq_len))
-        lengths = np.diff(borders)
-        keep = np.concatenate(([True], lengths > 0))
-        batches.append(
-            Batch(
-                tokens=torch.from_numpy(tokens[first:after]),
-                pieces=torch.from_numpy(pieces[:, here]),
-                cu_seqlens=torch.from_numpy(borders[keep].astype(np.int32)),
-                rows=torch.from_numpy(rows[first:after]),
-                max_len=int(lengths.max()),
-                num_targets=int(targets[after] - targets[first]),
-                micro=micro,
-                num_micro=num_rows // micro_batch,
-            )
+    lens, is_document = pieces
+    is_document[last] = 0
+    lens[is_document == 1] = doc_lens
+    lens[last] = padding
+    # A row's last token is a target only: the piece that holds it is one shorter as an input.
+    inputs = lens.copy()
+    inputs[last - (padding == 0)] -= 1
+    kept = np.compress(inputs > 0, inputs)
+    # borders: (documents + 1,) of all flattened inputs; a row's end is always one of them.
+    borders = _sums(kept)
+    begins = np.arange(0, num_rows + 1, micro_batch) * seq_len
+    border_at = np.searchsorted(borders, begins)
+    longest = np.maximum.reduceat(kept, border_at[:-1])
+    targets = np.diff((used - row_splits)[::micro_batch])  # every piece of k tokens has k - 1
+    # cu_seqlens: of all micro-batches, one after the other; a border between two is in both.
+    counts = np.diff(border_at) + 1
+    at = np.arange(counts.sum()) - np.repeat(np.arange(len(counts)), counts)
+    cu_seqlens = (borders[at] - np.repeat(begins[:-1], counts)).astype(np.int32)
+    num_pieces = np.diff(piece_splits[::micro_batch]).tolist()
+    cut = zip(
+        torch.from_numpy(pieces).split_with_sizes(num_pieces, 1),
+        torch.from_numpy(cu_seqlens).split_with_sizes(counts.tolist()),
+        longest.tolist(), targets.tolist(), strict=True,
+    )  # fmt: skip
+    return [Documents(*one) for one in cut]
+
+
+def _sums(lens: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Of the first 0, 1, ... of k lengths: (k + 1,)."""
+    sums = np.zeros(len(lens) + 1, np.int64)
+    np.cumsum(lens, out=sums[1:])
+    return sums
+
+
+def make_batches(
+    tokens: NDArray[np.unsignedinteger], rows: NDArray[np.int64], documents: list[Documents],
+    steps: Sequence[tuple[int, int, int]] = ((0, 0, 0),),
+) -> list[Batch]:  # fmt: skip
+    """Micro-batches of equally many rows, for each of the steps (step, t0, t1).
+
+    tokens: (n, seq + 1); rows: (n,).
+    """
+    micro_batch, num_micro = len(rows) // len(documents), len(documents) // len(steps)
+    # (micro-batches, micro_batch, ...) taken apart by torch: faster than as many arrays that
+    # become tensors.
+    each_tokens = torch.from_numpy(tokens.reshape(len(documents), micro_batch, -1)).unbind()
+    each_rows = torch.from_numpy(rows.reshape(len(documents), micro_batch)).unbind()
+    places = ((*step, micro) for step in steps for micro in range(num_micro))
+    return [
+        Batch(
+            tokens=own_tokens, rows=own_rows, pieces=pieces, cu_seqlens=cu_seqlens,
+            max_len=max_len, num_targets=num_targets, step=step, t0=t0, t1=t1, micro=micro,
+            num_micro=num_micro,
         )
-    return batches
+        for own_tokens, own_rows, (pieces, cu_seqlens, max_len, num_targets), (step, t0, t1, micro)
+        in zip(each_tokens, each_rows, documents, places, strict=True)
+    ]  # fmt: skip
 
 
-def mark_trained(batches: list[Batch], runs: list[NDArray[np.int32]]) -> None:
+def mark_trained(
+    batches: list[Batch], runs: NDArray[np.int32], run_splits: NDArray[np.int64]
+) -> None:
     """Say which targets of micro-batches of examples are trained (in place).
 
-    runs: of each row but padding, (k, 2) tokens left out and trained, which sum to the row.
+    runs: (runs, 2) tokens left out and trained, which sum to the row; run_splits: (n + 1,) of all
+    rows of the micro-batches.
     """
-    first = 0
-    for batch in batches:
-        num_rows, width = batch.tokens.shape
-        here = runs[first : first + num_rows]
-        missing = [[width, 0]] * (num_rows - len(here))
-        made = np.concatenate([*here, np.array(missing, np.int32).reshape(-1, 2)])
-        batch.trained = torch.from_numpy(made)
-        batch.num_targets = int(made[:, 1].sum())
-        first += num_rows
+    edges = run_splits[np.cumsum([0, *(len(batch.rows) for batch in batches)])]
+    trained = np.concatenate(([0], np.cumsum(runs[:, 1], dtype=np.int64)))[edges]
+    parts = torch.from_numpy(runs).split(np.diff(edges).tolist())
+    for batch, part, targets in zip(batches, parts, np.diff(trained).tolist(), strict=True):
+        batch.trained, batch.num_targets = part, targets

@@ -19,12 +19,13 @@ import numpy as np
 
 from dist.audit import TRAIN, Replay, ReplayedRow, read_pieces
 from dist.batch_layout import batch_rows, batch_samples
-from dist.dataset import MIXED, Dataset, SplitTable, open_dataset
+from dist.dataset import Dataset, SplitTable, open_dataset
 from dist.errors import ConfigError, DataRefused
-from dist.examples import rows_as_trained
+from dist.examples import ExampleDataset, keep_rows, rows_as_trained
 from dist.lineage import RowRef, refs_of
 from dist.local_files import write_atomic
 from dist.order import rank_span
+from dist.references import MIXED
 from dist.skips import Stream
 
 BUNDLE_FORMAT = 1
@@ -119,6 +120,26 @@ def read_bundle_config(path: Path | str) -> dict[str, Any]:
         return {}
 
 
+def kept_facts(dataset: Dataset) -> dict[str, Any]:
+    """For a bundle: whose packed rows a version has, where they are not its own."""
+    if not isinstance(dataset, ExampleDataset) or dataset.began is None:
+        return {}
+    return {"kept": {"first": dataset.began.reference, "gone": list(dataset.gone)}}
+
+
+def open_bundle_data(record: dict[str, Any], reference: str, config: dict[str, Any]) -> Dataset:
+    """A bundle's dataset, at `reference`, as the rows that its run trained on."""
+    dataset = rows_as_trained(open_dataset(reference), config)
+    if "kept" not in record:
+        return dataset
+    first = record["kept"]["first"]
+    try:
+        began = open_dataset(first)
+    except (ConfigError, DataRefused):
+        began = open_dataset(f"{dataset.storage.url}@{first.rpartition('@')[2]}")
+    return keep_rows(dataset, began, record["kept"]["gone"])
+
+
 def replay_bundle(path: Path | str, *, data: str = "", rank: int | None = None) -> Replay:
     """The batch of a bundle, or one rank's part of it, with its text read from the shards.
 
@@ -128,7 +149,7 @@ def replay_bundle(path: Path | str, *, data: str = "", rank: int | None = None) 
     reference = record["data"]
     if data and not reference.startswith(MIXED):
         reference = f"{data.partition('@')[0]}@{reference.rpartition('@')[2]}"
-    dataset = rows_as_trained(open_dataset(reference), read_bundle_config(path))
+    dataset = open_bundle_data(record, reference, read_bundle_config(path))
     split = dataset.split(TRAIN)
     listed = [row for row in record["rows"] if rank is None or row["rank"] == rank]
     if not listed:

@@ -7,9 +7,9 @@ anything else may be evicted. dist/cache_folder.py says which files lie in the f
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
-import resource
 import sys
 import threading
 import time
@@ -20,14 +20,23 @@ from pathlib import Path
 
 from dist.cache_folder import CacheConfig, CacheCounts, CacheFolder, in_words
 from dist.errors import DataRefused, SetupError
-from dist.file_locks import Polling, Slots, try_lock
+from dist.file_locks import Polling, Slots, drop_lock, share_lock, try_lock
 from dist.manifest import Shard
+from dist.open_files import most_shard_files
 from dist.shard_file import file_digest
 from dist.storage import Storage
 from dist.transfer import REQUESTS_AT_ONCE, Cancelled, fetch_file
 
 ROOM_TIMEOUT_S = 60.0
 """How long to wait for other processes to give shards back before the cache is called too small."""
+DAMAGED_IN_USE_S = 5.0
+"""So long may a damaged shard be locked by others, who may only look at it too, before it is said
+to be in use."""
+GIVE_BACK_AFTER_S = 1.0
+"""Who waits for room for so long gives back what it holds itself, though it is within its share."""
+_FILES_A_SHARD = 3
+"""Its lock, its map, and one while it is opened."""
+_MAKING = threading.Lock()
 
 
 class Lease:
@@ -35,13 +44,12 @@ class Lease:
 
     def __init__(self, path: Path, give_back: Callable[[], None]) -> None:
         self.path = path
-        self._give_back: Callable[[], None] | None = give_back
+        self._give_back = [give_back]
 
     def release(self) -> None:
-        """Let it be evicted; again does nothing."""
-        give_back, self._give_back = self._give_back, None
-        if give_back is not None:
-            give_back()
+        """Let it be evicted; again does nothing, by whichever thread."""
+        with suppress(IndexError):
+            self._give_back.pop()()
 
     def __enter__(self) -> Lease:
         return self
@@ -57,6 +65,8 @@ class _Held:
     bytes: int
     users: int = 0
     handle: int | None = None
+    damaged_since: float | None = None
+    """When it was first found damaged while others had locked it."""
 
 
 class NodeCache:
@@ -72,14 +82,15 @@ class NodeCache:
         self._held: dict[str, _Held] = {}
         self._lock = threading.Lock()
         self._slots = Slots(path, REQUESTS_AT_ONCE)
-        _allow_many_files()
+        self._pid = os.getpid()
+        self._most_held = max(2, most_shard_files() // _FILES_A_SHARD)
 
     def close(self) -> None:
         """Give everything back and be counted no more."""
         with self._lock:
             for held in self._held.values():
                 if held.handle is not None:
-                    os.close(held.handle)
+                    drop_lock(held.handle)
             self._held.clear()
         self.folder.members.leave()
 
@@ -101,17 +112,20 @@ class NodeCache:
         Cancelled after `stop`.
         """
         stop = stop or threading.Event()
-        self._enter(shard)
-        handle: int | None = None
         try:
-            polling = Polling(stop)
-            while (handle := self._try(storage, shard, stop)) is None:
-                self.keep_to_share()
-                if not polling.wait():
-                    raise Cancelled(f"waiting for the shard {shard.name} was given up")
-        finally:
-            if handle is None:
-                self._leave(shard.xxh3_128)
+            self._enter(shard)
+            handle: int | None = None
+            try:
+                polling = Polling(stop)
+                while (handle := self._try(storage, shard, stop)) is None:
+                    self.keep_to_share()
+                    if not polling.wait():
+                        raise Cancelled(f"waiting for the shard {shard.name} was given up")
+            finally:
+                if handle is None:
+                    self._leave(shard.xxh3_128)
+        except OSError as error:
+            raise self._of_no_use(f"{storage.url}/shards/{shard.name}", error) from error
         return self._lease(shard, handle)
 
     def pin(self, shard: Shard) -> Lease | None:
@@ -133,11 +147,16 @@ class NodeCache:
         if not path.exists():
             return ""
         lock = try_lock(self.folder.file(shard, "lock"))
-        if lock is None:
-            good = file_digest(path) == shard.xxh3_128
-        else:
-            good = self.folder.check(shard)
-            os.close(lock)
+        try:
+            if lock is not None:
+                good = not path.exists() or self.folder.check(shard)
+            else:
+                good = file_digest(path) == shard.xxh3_128
+        except FileNotFoundError:  # evicted meanwhile
+            return ""
+        finally:
+            if lock is not None:
+                self.folder.let_go(shard, lock)
         what = "it is in use: stop the runs of this node" if lock is None else "it was deleted"
         return "" if good else f"the copy {path} of {shard.name} was damaged ({what})"
 
@@ -148,9 +167,16 @@ class NodeCache:
 
     def keep_to_share(self, more_bytes: int = 0) -> None:
         """Give back what this process holds beyond its share, if it can."""
-        share = self.share_bytes
-        while self.held_bytes + more_bytes > share and any(give() for give in list(self.holders)):
+        while self.is_too_much(more_bytes) and any(give() for give in list(self.holders)):
             pass
+
+    def is_too_much(self, more_bytes: int = 0) -> bool:
+        """Whether what this process holds, and a shard of more_bytes, is beyond its share."""
+        share = self.share_bytes
+        with self._lock:
+            held_bytes = sum(one.bytes for one in self._held.values())
+            too_many = len(self._held) + (more_bytes > 0) > self._most_held
+            return too_many or held_bytes + more_bytes > share
 
     def _enter(self, shard: Shard) -> None:
         """Count a shard as held; if it is new here, within the share of this process."""
@@ -158,31 +184,43 @@ class NodeCache:
             if shard.xxh3_128 in self._held:
                 self._held[shard.xxh3_128].users += 1
                 return
-        share = self.share_bytes
-        if shard.bytes > share:
-            members = self.folder.members.count()
-            raise SetupError(
-                f"the cache {self.folder.path} may hold {in_words(self.folder.limit_bytes)}, "
-                f"{in_words(share)} for each of {members} processes, but a shard has "
-                f"{in_words(shard.bytes)}: it needs {in_words(members * shard.bytes)} at least, "
-                "and twice that to fetch ahead; raise data.cache_gb, or set data.cache_dir to a "
-                "larger disk"
-            )
+        self._refuse_too_large(shard)
         self.keep_to_share(shard.bytes)
         with self._lock:
             self._held.setdefault(shard.xxh3_128, _Held(shard.bytes)).users += 1
 
+    def _refuse_too_large(self, shard: Shard) -> None:
+        """SetupError where this process cannot have one shard at a time beside those before it.
+
+        Who came later is not counted: a second run must not end the first.
+        """
+        share, limit, members = self.share_bytes, self.folder.limit_bytes, self.folder.members
+        if shard.bytes > share and shard.bytes > limit // (1 + members.earlier()):
+            count = members.count()
+            raise SetupError(
+                f"the cache {self.folder.path} may hold {in_words(limit)}, {in_words(share)} for "
+                f"each of {count} processes, but a shard has {in_words(shard.bytes)}: it needs "
+                f"{in_words(count * shard.bytes)} at least, and twice that to fetch ahead; raise "
+                "data.cache_gb, or set data.cache_dir to a larger disk"
+            )
+
     def _lease(self, shard: Shard, handle: int) -> Lease:
         digest = shard.xxh3_128
         with self._lock:
-            held = self._held[digest]
-            if held.handle is None:
-                held.handle = handle
-            else:
-                os.close(handle)
+            held = self._held.get(digest)
+            if held is not None:
+                # The older lock may be of a file that somebody deleted.
+                before, held.handle, held.damaged_since = held.handle, handle, None
+        if held is None:
+            drop_lock(handle)
+            raise _closed(shard)
+        if before is not None:
+            drop_lock(before)
         return Lease(self.folder.file(shard, "arrow"), lambda: self._leave(digest))
 
     def _leave(self, digest: str) -> None:
+        if self._pid != os.getpid():
+            return  # forked since: it holds nothing, and _lock may be held for ever
         with self._lock:
             held = self._held.get(digest)
             if held is None:  # closed meanwhile
@@ -191,8 +229,8 @@ class NodeCache:
             if held.users == 0:
                 del self._held[digest]
                 if held.handle is not None:
-                    os.utime(held.handle)
-                    os.close(held.handle)
+                    _note_use(held.handle)
+                    drop_lock(held.handle)
 
     def _try(self, storage: Storage, shard: Shard, stop: threading.Event) -> int | None:
         """One round: use it, or bring it; None where another process is at it."""
@@ -202,25 +240,62 @@ class NodeCache:
             return handle
         lock = try_lock(self.folder.file(shard, "lock"))
         if lock is None:
-            return None
+            return self._use_without_stamp(shard)
         try:
             if not self._is_there(shard):
                 self._bring(storage, shard, stop)
-        finally:
-            os.close(lock)
-        # It may be evicted between the two locks; then there is another round.
-        return self._use(shard)
+        except BaseException:
+            self.folder.let_go(shard, lock)
+            raise
+        # Shared before it is dropped, or it could be evicted before its first use.
+        if not share_lock(lock):
+            return None
+        _note_use(lock)
+        return lock
 
     def _use(self, shard: Shard) -> int | None:
         """A shared lock on a shard that is there and trusted."""
+        # A look at what is not there must not leave a lock's file behind.
+        if not self.folder.file(shard, "arrow").exists():
+            return None
         handle = try_lock(self.folder.file(shard, "lock"), shared=True)
         if handle is None:
             return None
         if self.folder.is_trusted(shard):
-            os.utime(handle)
+            _note_use(handle)
             return handle
-        os.close(handle)
+        drop_lock(handle)
         return None
+
+    def _use_without_stamp(self, shard: Shard) -> int | None:
+        """A shared lock on a shard that others use, though its stamp does not fit: it was touched.
+
+        To wait until they give it back could be for ever: they may wait for this process.
+        """
+        handle = try_lock(self.folder.file(shard, "lock"), shared=True)
+        if handle is None:  # it is being fetched
+            return None
+        if self.folder.file(shard, "arrow").exists():
+            self.counts.hashed_again += 1
+            if self.folder.is_right(shard):
+                _note_use(handle)
+                return handle
+        if not self.folder.file(shard, "arrow").exists():
+            self.folder.set_aside(shard, handle)
+            return None
+        drop_lock(handle)
+        held, now = self._held.get(shard.xxh3_128), time.monotonic()
+        if held is None:
+            raise _closed(shard)
+        held.damaged_since = held.damaged_since or now
+        if now - held.damaged_since < DAMAGED_IN_USE_S:
+            return None
+        self.counts.refused += 1
+        raise DataRefused(
+            f"the copy {self.folder.file(shard, 'arrow')} of {shard.name} was damaged while "
+            "another process uses it, so that it cannot be fetched anew; check that disk, stop "
+            "the runs of this node, then give the same command again"
+        )
 
     def _is_there(self, shard: Shard) -> bool:
         if self.folder.is_trusted(shard):
@@ -238,20 +313,24 @@ class NodeCache:
         part = self.folder.file(shard, "part")
         try:
             if self._fetch(storage, shard, stop) or self._fetch(storage, shard, stop):
-                self.folder.trust(part, shard)
-                os.replace(part, self.folder.file(shard, "arrow"))
+                self.folder.keep(shard)
                 return
             raise DataRefused(
                 f"{url} has xxh3-128 {file_digest(part)}, the manifest says {shard.xxh3_128} "
                 "(fetched twice); copy it anew, or run the prep job again"
             )
-        except OSError as error:
-            raise SetupError(
-                f"{url} cannot be kept in {self.folder.path}: {error.strerror or error}; "
-                f"{self.folder.state()}; free space, or set data.cache_dir to another disk"
-            ) from error
         finally:
             part.unlink(missing_ok=True)
+
+    def _of_no_use(self, url: str, error: OSError) -> SetupError:
+        """What to say of a failure of the disk, or of this process on it."""
+        what = "free space, or set data.cache_dir to another disk"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            what = "raise the limit of open files (ulimit -n)"
+        return SetupError(
+            f"{url} cannot be kept in {self.folder.path}: {error.strerror or error}; "
+            f"{self.folder.state()}; {what}"
+        )
 
     def _fetch(self, storage: Storage, shard: Shard, stop: threading.Event) -> bool:
         """Fetch a shard into its part file; whether its bytes are right."""
@@ -293,14 +372,21 @@ class NodeCache:
                 )
                 told = True
             self.keep_to_share()
+            if waited_s > GIVE_BACK_AFTER_S:  # a disk may hold less than the limit
+                any(give() for give in list(self.holders))
             if not polling.wait():
                 raise Cancelled(f"waiting for room for {shard.name} was given up")
         return handle
 
 
+def _closed(shard: Shard) -> Cancelled:
+    return Cancelled(f"the cache was closed while the shard {shard.name} was asked for")
+
+
 def node_cache(config: CacheConfig) -> NodeCache:
     """This process's cache for a config, made once."""
-    return _cache_at(config.path(), int(config.limit_gb * 1e9), os.getpid())
+    with _MAKING:  # two would be two members, each with half of this process's share
+        return _cache_at(config.path(), int(config.limit_gb * 1e9), os.getpid())
 
 
 @functools.cache
@@ -309,10 +395,6 @@ def _cache_at(path: Path, limit_bytes: int, pid: int) -> NodeCache:
     return NodeCache(path, limit_bytes)
 
 
-def _allow_many_files() -> None:
-    """A lock and a map a shard: the usual soft limit of 1,024 files is soon reached."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+def _note_use(handle: int) -> None:
+    with suppress(OSError):  # another user's lock, or a disk that became read-only
+        os.utime(handle)

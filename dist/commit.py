@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from dist.shard_file import file_digest
 from dist.storage import Storage
 from dist.tokenizer import tokenizer_digest
 from dist.transfer import REQUESTS_AT_ONCE, retried
+
+LISTED_ABOVE = 64
+"""With more shards in a store, the folder is listed: a request each takes 20 s for 10,000."""
 
 
 def publish_shard(storage: Storage, local: Path, digest: str, num_bytes: int) -> str:
@@ -93,20 +97,29 @@ def missing_files(storage: Storage, manifest: Manifest) -> list[str]:
         name = f"lengths/{lengths}.arrow"
         if retried(lambda: storage.size(name), f"{storage.url}/{name}") is None:
             problems.append(f"{name} is missing")
-    names = [f"shards/{shard.name}" for shard in manifest.shards]
-    if storage.is_local:
-        sizes = [storage.size(name) for name in names]
-    else:  # a request each
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            sizes = list(
-                pool.map(lambda n: retried(lambda: storage.size(n), f"{storage.url}/{n}"), names)
-            )
-    for shard, size in zip(manifest.shards, sizes, strict=True):
+    for shard, size in zip(manifest.shards, _sizes(storage, manifest), strict=True):
         if size is None:
             problems.append(f"shards/{shard.name} is missing")
         elif size != shard.bytes:
             problems.append(f"shards/{shard.name} has {size} bytes instead of {shard.bytes}")
     return problems
+
+
+def _sizes(storage: Storage, manifest: Manifest) -> list[int | None]:
+    """Bytes of each shard where it lies, None where it is missing."""
+    names = [f"shards/{shard.name}" for shard in manifest.shards]
+    if storage.is_local:
+        return [storage.size(name) for name in names]
+    if len(names) > LISTED_ABOVE:  # a store lists a thousand a request; a web server none
+        folder = Storage(f"{storage.url}/shards")
+        with suppress(SetupError):  # some may read, but not list
+            found = retried(folder.sizes, folder.url)
+            if found:
+                return [found.get(shard.name) for shard in manifest.shards]
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:  # a request each
+        return list(
+            pool.map(lambda n: retried(lambda: storage.size(n), f"{storage.url}/{n}"), names)
+        )
 
 
 def commit_dataset(

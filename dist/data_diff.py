@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dist.arrow_view import numpy_view
+from dist.checked_shards import checked_path
 from dist.dataset import Dataset
 from dist.lineage import input_paths
 from dist.manifest import TOTALS, Shard
@@ -153,7 +155,7 @@ def _empty() -> pa.Table:
 
 
 def _of_shard(dataset: Dataset, shard: Shard, listed: list[tuple[str, str]]) -> pa.Table:
-    path = dataset.shard_path(shard)
+    path = checked_path(dataset, shard)
     inputs, offsets = [], []
     with pa.memory_map(str(path), "r") as source:
         reader = pa.ipc.open_file(source)
@@ -162,8 +164,8 @@ def _of_shard(dataset: Dataset, shard: Shard, listed: list[tuple[str, str]]) -> 
             numbers, places = batch.column("doc_input"), batch.column("doc_offset")
             if pa.types.is_list(numbers.type):  # of examples one origin a row
                 numbers, places = numbers.values, places.values
-            inputs.append(numbers.to_numpy())
-            offsets.append(places.to_numpy())
+            inputs.append(numpy_view(numbers))
+            offsets.append(numpy_view(places))
         pairs = np.unique(np.stack([np.concatenate(inputs), np.concatenate(offsets)]), axis=1)
         del inputs, offsets, numbers, places, batch, reader
     names = [listed[i][0] if i < len(listed) else f"input {i}" for i in pairs[0].tolist()]

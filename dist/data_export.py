@@ -1,8 +1,9 @@
-"""A packed dataset as Megatron's, WebDataset's or Hugging Face's files: whole, or not there."""
+"""A dataset as Megatron's, WebDataset's or Hugging Face's files: whole, or not there."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from dist.cache_folder import in_words
 from dist.dataset import Dataset
-from dist.documents import Documents, read_documents
+from dist.documents import Documents, read_documents, read_examples
 from dist.errors import ConfigError, DataRefused, SetupError
 from dist.lineage import input_paths
 from dist.local_files import sync_folder
@@ -58,21 +60,34 @@ def export_dataset(dataset: Dataset, to: str, out: Path, *, progress: bool = Tru
     """
     if to not in FORMATS:
         raise ConfigError(f"{to!r} is not a format to export to; choose {', '.join(FORMATS)}")
-    if dataset.manifest.kind != "packed_tokens":
-        raise DataRefused(f"only packed_tokens is exported; this is {dataset.manifest.kind!r}")
+    if dataset.manifest.kind == "examples" and to != "hf":
+        raise ConfigError(
+            f"{dataset.storage.url} holds examples, and {to} files have no place for what of them "
+            "is trained; export them --to hf"
+        )
+    if "://" in str(out) or ":/" in str(out):
+        raise ConfigError(f"{out}: an export is a folder on a disk; write it there, then copy it")
     out = out.absolute()
     if (done := _found(dataset, to, out)) is not None:
         return done
     _check_space(dataset, to, out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{error.filename} is no folder, so {out} cannot be made") from None
     scratch = out.with_name(f".{out.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     scratch.mkdir()
     try:
         counts = _write_splits(dataset, to, scratch, progress)
         files = _seal(dataset, to, scratch, counts)
         os.rename(scratch, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SetupError(
+                f"the disk of {out.parent} was full before the export was whole, and nothing of "
+                "it is left; make room, or name a folder on another disk"
+            ) from None
         raise
     sync_folder(out.parent)
     return Exported(folder=out, files=files, documents=counts, already=False)
@@ -82,12 +97,13 @@ def _write_splits(dataset: Dataset, to: str, folder: Path, progress: bool) -> di
     paths = [path for path, _ in input_paths(dataset)]
     total = sum(one["tokens"] for one in dataset.manifest.totals.values())
     counts: dict[str, int] = {}
+    read = read_examples if dataset.manifest.kind == "examples" else read_documents
     with Progress(f"export to {to}", total / 1e6, "M tokens", enabled=progress) as bar:
         for split in dataset.manifest.splits():
             tokens = counts[split] = 0
             writer = _writer(dataset, to, folder, split, paths)
             try:
-                for documents in read_documents(dataset, split):
+                for documents in read(dataset, split):
                     writer.add(documents)
                     counts[split] += len(documents.lengths)
                     tokens += len(documents.tokens)
@@ -112,7 +128,10 @@ def _writer(dataset: Dataset, to: str, folder: Path, split: str, paths: list[str
     if to == "webdataset":
         return TarTokensWriter(folder / split, paths)
     (folder / "data").mkdir(exist_ok=True)
-    return ParquetTokensWriter(folder / "data" / f"{split}-00000-of-00001.parquet", paths)
+    return ParquetTokensWriter(
+        folder / "data" / f"{split}-00000-of-00001.parquet", paths,
+        with_labels=dataset.manifest.kind == "examples",
+    )  # fmt: skip
 
 
 def _seal(
@@ -171,6 +190,6 @@ def _check_space(dataset: Dataset, to: str, out: Path) -> None:
     free = shutil.disk_usage(place).free
     if need > free:
         raise SetupError(
-            f"the export takes about {need / 1e9:,.2f} GB and {place} has {free / 1e9:,.2f} GB "
-            "free; name a folder on another disk"
+            f"the export takes about {in_words(need)} and {place} has {in_words(free)} free; name "
+            "a folder on another disk"
         )

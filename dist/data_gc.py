@@ -67,10 +67,11 @@ def collect(
     as what it refers to is not known then.
     """
     clock: Callable[[], float] = time.time if now is None else lambda: now
+    if not storage.list("manifests"):
+        _check_latest(storage, set())
+        raise ConfigError(f"no dataset at {storage.url}: there is no manifest; pass its folder")
     if dry_run:
         return _collect(storage, older_than_s, clock, None)
-    if not storage.list("manifests"):
-        raise ConfigError(f"no dataset at {storage.url}: there is no manifest; pass its folder")
     with target_lease(storage) as lease:
         return _collect(storage, older_than_s, clock, lease.check)
 
@@ -182,6 +183,6 @@ def lease_note(storage: Storage) -> str:
         record = json.loads(storage.read("lease.json"))
     except (FileNotFoundError, ValueError):
         return ""
-    if holder_gone(record, time.time()):
+    if not isinstance(record, dict) or holder_gone(record, time.time()):
         return ""
     return f"process {record.get('pid')} on host {record.get('host')} writes there now"

@@ -1,14 +1,13 @@
-"""Token datasets of others into a packed dataset: checked, packed, committed as a job does.
+"""Token datasets of others into a dataset of ours: checked, written, committed as a job does.
 
-Documents keep their order; training permutes rows anyway. doc_input is the source file, doc_offset
-the number of the token in it with which the document starts.
+Documents keep their order; training permutes rows anyway. Documents become packed rows, and those
+with labels examples. doc_input is the source file, doc_offset the number of the token in it with
+which the document starts, of an example the number of its record.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,13 +18,23 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from dist.commit import commit_dataset, find_job, publish_tokenizer, target_lease
+from dist.commit import (
+    commit_dataset,
+    find_job,
+    publish_lengths,
+    publish_tokenizer,
+    target_lease,
+)
 from dist.errors import ConfigError, DataRefused
+from dist.example_file import example_rows_per_batch
+from dist.example_lengths import lengths_file
+from dist.example_shards import ExampleSplitWriter
+from dist.import_source import check_export, describe_source, digests_of_export
 from dist.manifest import Manifest, digest_of
 from dist.mds_format import find_mds
 from dist.megatron_format import find_megatron
 from dist.progress import Progress
-from dist.shard_file import file_digest, rows_per_batch
+from dist.shard_file import rows_per_batch
 from dist.storage import Storage
 from dist.table_format import find_tables
 from dist.tar_format import find_tars
@@ -35,7 +44,8 @@ from dist.tokenizer import TextTokenizer, token_dtype, tokenizer_digest
 from dist.versions import code_version, library_versions
 
 FORMATS = ("megatron", "mds", "hf", "webdataset")
-TRANSFORM_VERSION = 1
+KINDS = ("packed_tokens", "examples")
+TRANSFORM_VERSION = 2
 """Raise when the same source and options would give other bytes."""
 
 
@@ -48,7 +58,12 @@ class ImportPlan:
     output: str
     tokenizer: str
     """tokenizer.json or its folder."""
+    kind: str = ""
+    """packed_tokens or examples; by default examples where the source has labels."""
     seq_len: int = 1024
+    """Of packed rows."""
+    max_length: int = 0
+    """Tokens of the longest example that there may be; 0: of the longest that there is."""
     column: str = ""
     """Column or member that holds the tokens; by default input_ids or tokens."""
     bytes_dtype: str = ""
@@ -62,6 +77,12 @@ class ImportPlan:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ConfigError(f"--from {self.format!r} is not one of {', '.join(FORMATS)}")
+        if self.kind and self.kind not in KINDS:
+            raise ConfigError(f"--kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        if self.kind == "examples" and self.eos:
+            raise ConfigError("--eos cuts documents apart, and examples are whole; leave it out")
+        if self.max_length < 0 or self.max_length == 1:
+            raise ConfigError(f"max_length is {self.max_length}; an example needs 2 tokens")
         if self.seq_len < 1 or self.shard_size_mib <= 0:
             raise ConfigError(
                 f"seq_len {self.seq_len} must be at least 1, shard_size_mib "
@@ -79,9 +100,11 @@ def import_tokens(plan: ImportPlan, *, progress: bool = True) -> tuple[str, bool
     """Do the import, or find it done. Returns (data_digest, whether it was done before)."""
     started = time.time()
     storage = Storage(plan.output)
-    tokenizer_json = _read_tokenizer(plan.tokenizer)
+    tokenizer_path = _tokenizer_path(plan.tokenizer)
     files = find_files(plan)
-    inputs = _describe(plan.source, files, progress)
+    plan = replace(plan, kind=_kind(plan, files))
+    inputs = describe_source(plan.source, files, progress)
+    tokenizer_json = tokenizer_path.read_bytes()
     semantic = {k: v for k, v in asdict(plan).items() if k not in ("source", "output", "tokenizer")}
     semantic["tokenizer"] = tokenizer_digest(tokenizer_json)
     known = [[one["path"], one["size"], one["stamp"], one["split"]] for one in inputs]
@@ -97,7 +120,8 @@ def import_tokens(plan: ImportPlan, *, progress: bool = True) -> tuple[str, bool
         provenance = {
             "job": "import", "transform_version": TRANSFORM_VERSION, "inputs": inputs,
             "config": {**asdict(plan), "source": str(plan.source.absolute())},
-            "offsets": "token of the input at which the document starts",
+            "offsets": "record of the input" if plan.kind == "examples"
+            else "token of the input at which the document starts",
             "code": code_version(),
             "libraries": library_versions(("pyarrow", "numpy", "tokenizers", "xxhash")),
             "started": _utc(started), "ended": _utc(time.time()), "counters": counters,
@@ -130,7 +154,29 @@ def find_files(plan: ImportPlan) -> list[SourceFile]:
     return sorted(files, key=lambda file: order.index(file.split))
 
 
-def _read_tokenizer(given: str) -> bytes:
+def _kind(plan: ImportPlan, files: list[SourceFile]) -> str:
+    """What the documents become; ConfigError where that cannot be."""
+    without = [file.path for file in files if not file.has_labels]
+    if plan.kind == "examples" and without:
+        raise ConfigError(
+            f"{without[0]} has no labels, and examples are documents with labels (--from hf); "
+            "leave --kind out to import packed rows"
+        )
+    if not plan.kind and without and len(without) < len(files):
+        raise ConfigError(
+            f"{len(files) - len(without)} files of {plan.source} have labels, {len(without)} have "
+            f"none, as {without[0]}; import them one by one, or say --kind packed_tokens"
+        )
+    kind = plan.kind or ("packed_tokens" if without else "examples")
+    if kind == "examples" and plan.eos:
+        raise ConfigError(
+            f"{plan.source} has labels, so its documents become examples, which --eos cannot cut; "
+            "leave it out, or say --kind packed_tokens"
+        )
+    return kind
+
+
+def _tokenizer_path(given: str) -> Path:
     path = Path(given)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
@@ -138,30 +184,8 @@ def _read_tokenizer(given: str) -> bytes:
             f"no tokenizer at {given!r}; pass the tokenizer.json (or its folder) that made the "
             "tokens with --tokenizer"
         )
-    return path.read_bytes()
-
-
-def _describe(source: Path, files: list[SourceFile], progress: bool) -> list[dict[str, Any]]:
-    """Inputs as the provenance lists them, with the xxh3-128 of their bytes."""
-    base = source if source.is_dir() else source.parent
-    total = sum(file.path.stat().st_size for file in files if file.path.is_file())
-
-    def one(file: SourceFile) -> dict[str, Any]:
-        if not file.path.is_file():
-            raise DataRefused(f"{file.path} is missing; copy the source anew")
-        stamps = [f"xxh3_128:{file_digest(path)}" for path in (file.path, *file.beside)]
-        size = file.path.stat().st_size
-        bar.update(size / 1e6)
-        return {
-            "url": str(file.path.absolute()), "path": str(file.path.relative_to(base)),
-            "size": size, "stamp": " ".join(stamps), "split": file.split,
-        }  # fmt: skip
-
-    with (
-        Progress("hash the source", total / 1e6, "MB", enabled=progress) as bar,
-        concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-    ):
-        return list(pool.map(one, files))
+    check_export(path, digests_of_export(path.parent), path.parent)
+    return path
 
 
 def _done(storage: Storage, job: str) -> str | None:
@@ -178,58 +202,95 @@ def _pack(
     """Publish the shards of all files; (manifest, counters), nothing committed."""
     tokenizer = TextTokenizer(tokenizer_json)
     cut = tokenizer.token_id(plan.eos) if plan.eos else None
-    dtype = token_dtype(tokenizer.vocab_size)
+    is_packed = plan.kind == "packed_tokens"
+    dtype = token_dtype(tokenizer.vocab_size) if is_packed else "uint32"
+    longest = 0 if is_packed else plan.max_length or _longest(files, inputs, progress)
+    batch_rows = rows_per_batch(plan.seq_len, dtype)
+    if not is_packed:
+        batch_rows = example_rows_per_batch(longest)
     ends = _Ends(tokenizer_json)
     counters = dict.fromkeys(("documents_in", "documents_out", "filtered", "quarantined"), 0)
-    shards, totals = [], {}
     with (
         tempfile.TemporaryDirectory(prefix="leyden-import-") as scratch,
         Progress("pack", sum(one["size"] for one in inputs) / 1e6, "MB", enabled=progress) as bar,
     ):
-        writers: dict[str, SplitWriter] = {}
+        writers: dict[str, Any] = {}
+        max_bytes = plan.shard_size_mib * 2**20
+
+        def writer(split: str) -> SplitWriter | ExampleSplitWriter:
+            if split not in writers and is_packed:
+                writers[split] = SplitWriter(
+                    split, storage, Path(scratch), seq_len=plan.seq_len, dtype=dtype,
+                    max_bytes=max_bytes,
+                )  # fmt: skip
+            elif split not in writers:
+                writers[split] = ExampleSplitWriter(
+                    split, storage, Path(scratch), max_length=longest, rows_per_batch=batch_rows,
+                    max_bytes=max_bytes,
+                )  # fmt: skip
+            return writers[split]
+
         for number, file in enumerate(files):
             position = 0
-            for block in _checked(file, tokenizer.vocab_size):
-                lengths = block.lengths if cut is None else cut_after(block, cut)
-                ends.see(block.tokens, lengths)
-                offsets = position + np.cumsum(lengths) - lengths
+            for block in _checked(file, tokenizer.vocab_size, is_packed):
+                if cut is not None:
+                    block = replace(block, lengths=cut_after(block, cut))
+                ends.see(block.tokens, block.lengths)
+                sizes = block.lengths if is_packed else np.ones_like(block.lengths)
+                offsets = position + np.cumsum(sizes) - sizes
                 held_out = _held_out(inputs[number]["path"], offsets, plan.validation_fraction)
+                taken = 0
                 for split, mine in ((file.split, ~held_out), ("validation", held_out)):
                     if mine.any():
-                        writer = writers.get(split)
-                        if writer is None:
-                            writer = writers[split] = SplitWriter(
-                                split, storage, Path(scratch), seq_len=plan.seq_len, dtype=dtype,
-                                max_bytes=plan.shard_size_mib * 2**20,
-                            )  # fmt: skip
-                        writer.add(block.tokens, lengths, offsets, number, mine)
-                counters["documents_in"] += len(lengths)
-                counters["filtered"] += int((lengths == 0).sum())
-                position += len(block.tokens)
+                        taken += writer(split).add(block, offsets, number, mine)
+                counters["documents_in"] += len(block.lengths)
+                counters["filtered"] += len(block.lengths) - taken
+                position += int(sizes.sum())
             bar.update(inputs[number]["size"] / 1e6)
-        for split in sorted(writers, key=("train", "validation", "test").index):
-            shards += writers[split].close()
-            totals[split] = writers[split].totals
+        splits = sorted(writers, key=("train", "validation", "test").index)
+        shards = [shard for split in splits for shard in writers[split].close()]
+    # An example that trains nothing makes none, so a split may have come out empty.
+    totals = {split: writers[split].totals for split in splits if writers[split].totals["rows"]}
     if "train" not in totals:
-        raise DataRefused(f"{plan.source} holds no tokens of the split train")
+        what = "tokens" if is_packed else "example with a trained token"
+        raise DataRefused(f"{plan.source} holds no {what} of the split train")
     counters["documents_out"] = sum(one["documents"] for one in totals.values())
     counters["tokens"] = sum(one["tokens"] for one in totals.values())
     if counters["documents_in"] != counters["documents_out"] + counters["filtered"]:
         raise DataRefused(f"the books do not balance: {counters}; nothing is committed")
     bos, eos = ends.found()
     schema = {
-        "seq_len": plan.seq_len, "token_dtype": dtype, "vocab_size": tokenizer.vocab_size,
-        "bos_id": bos, "eos_id": eos, "rows_per_batch": rows_per_batch(plan.seq_len, dtype),
+        "token_dtype": dtype, "vocab_size": tokenizer.vocab_size, "bos_id": bos, "eos_id": eos,
+        "rows_per_batch": batch_rows,
     }  # fmt: skip
+    lengths_digest = None
+    if is_packed:
+        schema["seq_len"] = plan.seq_len
+    else:
+        schema |= {"max_length": longest, "template_digest": None}
+        lengths = [one for split in splits for one in writers[split].lengths]
+        lengths_digest = publish_lengths(storage, lengths_file(lengths, longest))
     manifest = Manifest(
-        kind="packed_tokens", schema=schema, tokenizer_digest=tokenizer_digest(tokenizer_json),
-        shards=tuple(shards), totals=totals,
+        kind=plan.kind, schema=schema, tokenizer_digest=tokenizer_digest(tokenizer_json),
+        shards=tuple(shards), totals=totals, lengths_digest=lengths_digest,
     )  # fmt: skip
     return manifest, counters
 
 
-def _checked(file: SourceFile, vocab_size: int) -> Iterator[Block]:
-    """Blocks of a file whose ids are all of the vocabulary; DataRefused names the first other."""
+def _longest(files: list[SourceFile], inputs: list[dict[str, Any]], progress: bool) -> int:
+    """Tokens of the longest document; at least 2."""
+    total, longest = sum(one["size"] for one in inputs), 2
+    with Progress("measure", total / 1e6, "MB", enabled=progress) as bar:
+        for file, facts in zip(files, inputs, strict=True):
+            for block in file.read():
+                longest = max(longest, int(block.lengths.max(initial=0)))
+            bar.update(facts["size"] / 1e6)
+    return longest
+
+
+def _checked(file: SourceFile, vocab_size: int, trains_all: bool) -> Iterator[Block]:
+    """Blocks of a file whose ids are all of the vocabulary; DataRefused names the first other, or,
+    if all are to be trained, the first that its labels leave out."""
     before = 0
     for block in file.read():
         tokens = block.tokens
@@ -241,6 +302,16 @@ def _checked(file: SourceFile, vocab_size: int) -> Iterator[Block]:
                 f"{file.path}: document {before + document} holds the id {int(tokens[bad])}, the "
                 f"tokenizer has ids 0 to {vocab_size - 1}; pass the tokenizer that made the tokens"
             )
+        if trains_all and block.trained is not None:
+            left_out = ~block.trained
+            left_out[(np.cumsum(block.lengths) - block.lengths)[block.lengths > 0]] = False
+            if left_out.any():
+                place = int(np.flatnonzero(left_out)[0])
+                document = int(np.searchsorted(np.cumsum(block.lengths), place, side="right"))
+                raise DataRefused(
+                    f"{file.path}: the labels of document {before + document} leave tokens out, "
+                    "and packed rows train all; import it with --kind examples"
+                )
         yield block
         before += len(block.lengths)
 

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dist.checked_shards import checked_batches, checked_path
 from dist.dataset import Dataset, open_dataset
 from dist.documents import Joiner, rows_of_batch, used_tokens
 from dist.errors import LeydenError
 from dist.example_file import ExampleShard
-from dist.examples import as_rows
 from dist.lineage import input_paths
 from dist.tokenizer import TextTokenizer
 
@@ -120,13 +120,10 @@ def unread(dataset: Dataset) -> str:
     """Why the rows of a dataset are not counted here; '' if they are."""
     if not dataset.is_remote:
         return ""
-    note = (
+    return (
         "the dataset is remote: rows and tokens are the manifest's, and which tokens there are is "
         "not counted, as every shard would be fetched"
     )
-    if dataset.manifest.kind == "examples" and dataset.manifest.lengths_digest is None:
-        note += "; a sample fetches them all, as there is no table of lengths (--samples 0)"
-    return note
 
 
 def scan(dataset: Dataset, max_rows: int = SCAN_ROWS) -> Scan:
@@ -173,9 +170,15 @@ def _scan_examples(dataset: Dataset, max_rows: int) -> Scan:
     total = sum(shard.rows for shard in shards)
     lengths = []
     for shard in shards:
-        opened = ExampleShard(dataset.shard_path(shard))
         wanted = min(shard.rows, -(-max_rows * shard.rows // total))
-        for example in (np.arange(wanted) * shard.rows // wanted).tolist():
+        chosen = np.arange(wanted) * shard.rows // wanted
+        per_batch = dataset.manifest.schema["rows_per_batch"]
+        batches = np.unique(chosen // per_batch).tolist()
+        opened = ExampleShard(
+            checked_path(dataset, shard) if wanted == shard.rows
+            else checked_batches(dataset, shard, batches)
+        )  # fmt: skip
+        for example in chosen.tolist():
             tokens = opened.example_tokens(example)
             counts += np.bincount(tokens, minlength=len(counts))[: len(counts)]
             lengths.append(len(tokens))
@@ -200,7 +203,11 @@ def _batches(dataset: Dataset, split: str, budget: int) -> Any:
         mine = chosen[(chosen >= starts[index]) & (chosen < starts[index + 1])]
         if not len(mine):
             continue
-        with pa.memory_map(str(dataset.shard_path(shard)), "r") as source:
+        path = (
+            checked_path(dataset, shard) if wanted == total
+            else checked_batches(dataset, shard, (mine - starts[index]).tolist())
+        )  # fmt: skip
+        with pa.memory_map(str(path), "r") as source:
             reader = pa.ipc.open_file(source)
             for number in mine.tolist():
                 batch = reader.get_batch(number - int(starts[index]))
@@ -236,42 +243,3 @@ def scan_facts(found: Scan, tokenizer_json: bytes | None) -> dict[str, Any]:
             f"{q:g}": float(v) for q, v in zip(QUANTILES, quantiles, strict=False)
         },
     }  # fmt: skip
-
-
-def sample_rows(dataset: Dataset, split: str, num_rows: int) -> list[dict[str, Any]]:
-    """Evenly spaced rows of a split, the first one first: their pieces with source and text."""
-    tokenizer = (
-        None if dataset.manifest.tokenizer_digest is None
-        else TextTokenizer(dataset.read_tokenizer())
-    )  # fmt: skip
-    has_masks = dataset.manifest.kind == "examples"
-    table = as_rows(dataset, "padded" if has_masks else "packed").split(split)
-    paths = input_paths(dataset)
-    num_rows = min(num_rows, table.num_rows)
-    rows = np.arange(num_rows) * table.num_rows // max(1, num_rows)
-    found = []
-    for number, index, local in zip(rows.tolist(), *table.locate(rows), strict=True):
-        shard = table.open_shard(int(index), dataset.shard_path(table.shards[int(index)]))
-        tokens, at, pieces = shard.tokens(int(local), int(local) + 1)[0], 0, []
-        for source, offset, length in shard.lineage(int(local)):
-            piece = tokens[at : at + length]
-            pieces.append(
-                {
-                    "input": source,
-                    "path": paths[source][0] if source < len(paths) else "",
-                    "offset": offset,
-                    "tokens": length,
-                    "text": tokenizer.decode(piece) if tokenizer else " ".join(map(str, piece)),
-                }  # fmt: skip
-            )
-            at += length
-        found.append({"row": number, "pieces": pieces, "padding": len(tokens) - at})
-        if has_masks:
-            ends = shard.trained_runs(int(local)).cumsum().tolist()
-            spans = [(a, b) for a, b in zip(ends[::2], ends[1::2], strict=True) if a < b]
-            trained = [tokens[a:b] for a, b in spans]
-            found[-1]["trained"] = [
-                tokenizer.decode(one) if tokenizer else " ".join(map(str, one)) for one in trained
-            ]
-        shard.close()
-    return found

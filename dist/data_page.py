@@ -20,7 +20,9 @@ _STYLE = """
 .piece pre { border: 0; padding: 0; margin: 2px 0; max-height: 18em; overflow: auto;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 td code { white-space: pre; } td.left, th.left { text-align: left; }
-.row { margin: 14px 0; }
+.row { margin: 14px 0; } .note { overflow-wrap: anywhere; }
+mark { background: color-mix(in srgb, var(--c1) 28%, transparent); color: inherit;
+  border-radius: 3px; }
 """
 _SHOWN_PIECES = 8
 _SHOWN_CHARACTERS = 1500
@@ -65,8 +67,7 @@ def _tiles(facts: dict[str, Any], said: dict[str, Any] | None) -> str:
         for name in ("documents", "tokens", "rows", "shards")
     ]
     tiles.append(("bytes", number(sum(one["bytes"] for one in splits))))
-    if said is not None:
-        shares = said["padding_share"] or {"train": 0.0}  # examples are padded by the run
+    if said is not None and (shares := said["padding_share"]):  # examples are padded by the run
         padding = shares.get("train", max(shares.values()))
         tiles.append(("padding", f"{100 * padding:.2f} %"))
     cells = (f'<div class="tile"><b>{v}</b><span>{escape(k)}</span></div>' for k, v in tiles)
@@ -117,8 +118,10 @@ def _lengths_chart(found: Scan) -> Chart:
     points: list[tuple[float, float]] = []
     if len(lengths):
         octave = np.floor(np.log2(lengths) * _BINS_AN_OCTAVE).astype(int)
-        shares = np.bincount(octave) / len(lengths) * 100
-        points = [(i / _BINS_AN_OCTAVE, float(share)) for i, share in enumerate(shares)]
+        # An empty bin on either side, so that a line shows the first and the last one as well.
+        first = max(0, int(octave.min()) - 1)
+        shares = np.append(np.bincount(octave), 0)[first:] / len(lengths) * 100
+        points = [(i / _BINS_AN_OCTAVE, float(share)) for i, share in enumerate(shares, first)]
     return Chart(
         title="Document length", unit="% of documents", x_name="log2 of the tokens",
         series=[Series(name="documents, %", points=points)], bands=[], levels=[], from_zero=True,
@@ -196,27 +199,39 @@ def parent_text(one: dict[str, Any]) -> str:
     return f"{one['data_digest'][:12]} by {one['by']}{removed}{gone}"
 
 
-def pieces_text(count: int) -> str:
-    """How many pieces of documents a row holds."""
-    return f"{count} piece{'s' * (count != 1)} of documents"
+def row_text(row: dict[str, Any]) -> str:
+    """What a sampled row consists of."""
+    if "runs" in row:
+        tokens = sum(run["tokens"] for run in row["runs"])
+        return f"an example of {tokens:,} tokens, {row['targets']:,} of them trained (marked)"
+    count = len(row["pieces"])
+    padding = f", {row['padding']:,} of padding" if row["padding"] else ""
+    return f"{count} piece{'s' * (count != 1)} of documents{padding}"
+
+
+def _text(row: dict[str, Any], piece: dict[str, Any]) -> str:
+    """A piece's text, cut; of an example what is trained is marked."""
+    runs = row.get("runs") or [{"trained": False, "text": piece["text"]}]
+    left, parts = _SHOWN_CHARACTERS, []
+    for run in runs:
+        text = escape(run["text"][:left])
+        parts.append(f"<mark>{text}</mark>" if run["trained"] and text else text)
+        left = max(0, left - len(run["text"]))
+    return "".join(parts) + (" ..." if len(piece["text"]) > _SHOWN_CHARACTERS else "")
 
 
 def _samples(split: str, rows: list[dict[str, Any]]) -> str:
     parts = [f"<h2>Samples of {escape(split)}</h2>"]
     for row in rows:
-        padding = f", {row['padding']} of padding" if row["padding"] else ""
         parts.append(
-            f'<div class="row"><b>row {row["row"]:,}</b> <span class="note">'
-            f"{pieces_text(len(row['pieces']))}{padding}</span>"
+            f'<div class="row"><b>row {row["row"]:,}</b> <span class="note">{row_text(row)}</span>'
         )
         for piece in row["pieces"][:_SHOWN_PIECES]:
             source = piece["path"] or f"input {piece['input']}"
-            text = piece["text"]
-            cut = " ..." if len(text) > _SHOWN_CHARACTERS else ""
             parts.append(
                 f'<div class="piece"><span class="note">{escape(source)} @ {piece["offset"]}, '
                 f"{piece['tokens']} tokens</span>"
-                f"<pre>{escape(text[:_SHOWN_CHARACTERS])}{cut}</pre></div>"
+                f"<pre>{_text(row, piece)}</pre></div>"
             )
         left = len(row["pieces"]) - _SHOWN_PIECES
         parts.append(f'<p class="note">and {left} more</p></div>' if left > 0 else "</div>")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,18 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist.cache import CacheConfig, Lease, NodeCache, node_cache
+from dist.cached_file import read_cached
 from dist.data_pin import is_pin, read_pin
 from dist.errors import ConfigError, DataRefused
 from dist.example_lengths import parse_lengths
 from dist.manifest import Manifest, Shard, parse_reference
+from dist.references import (
+    MIXED,
+    mixed_references,
+    parse_provenance,
+    read_manifest,
+    version_at,
+)
 from dist.shard_file import PackedShard
 from dist.storage import Storage
-from dist.transfer import retried
+from dist.transfer import read_small
+from dist.web_address import address_problem
 
 _PATHS_KEPT = 2
-
-MIXED = "mix:"
-"""How the reference of several datasets begins."""
+_OPENED_AFTER_S = 10.0
+"""Whoever asked for a path has opened it by then, and a map outlives the file's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +66,10 @@ class SplitTable:
         """Rows of the split that hold the given records of shard `number`, ascending."""
         return self.row_start[number] + np.unique(records)
 
+    def records_of(self, number: int, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Records of shard `number` that make its rows (k,), counted in the shard; ascending."""
+        return np.unique(np.asarray(rows, np.int64))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
@@ -68,7 +80,10 @@ class Dataset:
     data_digest: str
     cache_config: CacheConfig = CacheConfig()
     """Where shards are kept if the dataset is remote."""
-    _lent: OrderedDict[str, Lease] = field(default_factory=OrderedDict, repr=False, compare=False)
+    _lent: OrderedDict[str, tuple[Lease, float, int]] = field(
+        default_factory=OrderedDict, repr=False, compare=False
+    )
+    """What shard_path() lent, when (monotonic) and to which thread."""
 
     @property
     def is_remote(self) -> bool:
@@ -113,16 +128,24 @@ class Dataset:
         digest = str(self.manifest.schema["template_digest"])
         return self._read_named(f"templates/{digest}.jinja", digest, "chat template").decode()
 
-    def read_lengths(self) -> dict[str, list[NDArray[np.unsignedinteger]]] | None:
+    def read_lengths(
+        self, *, fresh: bool = False
+    ) -> dict[str, list[NDArray[np.unsignedinteger]]] | None:
         """By split the tokens of each example, (rows,) of each shard; None if they were not kept.
 
-        DataRefused if the file is missing or damaged.
+        Those of a remote dataset come through the node's cache, unless `fresh`. DataRefused if the
+        file is missing or damaged.
         """
         digest = self.manifest.lengths_digest
         if digest is None:
             return None
         name = f"lengths/{digest}.arrow"
-        data = self._read_named(name, digest, "table of lengths")
+
+        def fetch() -> bytes:
+            return self._read_named(name, digest, "table of lengths")
+
+        through = self.is_remote and not fresh
+        data = read_cached(self.cache.folder, digest, fetch) if through else fetch()
         parts = parse_lengths(data, self.manifest.shards, f"{self.storage.url}/{name}")
         found: dict[str, list[NDArray[np.unsignedinteger]]] = {}
         for shard, lengths in zip(self.manifest.shards, parts, strict=True):
@@ -130,39 +153,60 @@ class Dataset:
         return found
 
     def _read_named(self, name: str, digest: str, what: str) -> bytes:
-        """A small file that is named by its SHA-256; DataRefused if it is missing or another."""
-        url = f"{self.storage.url}/{name}"
-        try:
-            data = _read(self.storage, name)
-        except FileNotFoundError:
-            raise DataRefused(
-                f"the {what} of the dataset is missing: {url}; restore it, or run the prep job "
-                "again"
-            ) from None
-        found = hashlib.sha256(data).hexdigest()
-        if found != digest:
-            raise DataRefused(
-                f"{url} is another {what}: its SHA-256 is {found}; restore the file, or run the "
-                "prep job again"
-            )
-        return data
+        """A small file that is named by its SHA-256; DataRefused if it is missing or another.
+
+        A remote one that is another is fetched once more, as shards are.
+        """
+        url, found = f"{self.storage.url}/{name}", ""
+        for _ in range(2 if self.is_remote else 1):
+            try:
+                data = read_small(self.storage, name)
+            except FileNotFoundError:
+                raise DataRefused(
+                    f"the {what} of the dataset is missing: {url}; restore it, or run the prep "
+                    "job again"
+                ) from None
+            found = hashlib.sha256(data).hexdigest()
+            if found == digest:
+                return data
+        raise DataRefused(
+            f"{url} is another {what}: its SHA-256 is {found}; restore the file, or run the "
+            "prep job again"
+        )
 
     def shard_path(self, shard: Shard) -> Path:
         """Where a shard can be mapped from; a remote one is fetched and its bytes checked.
 
-        It then stays in the node's cache until two others were asked for.
+        It then stays in the node's cache until two others were asked for, or one where there is
+        no room for another; open it at once.
         """
         path = self.storage.local_path(f"shards/{shard.name}")
         if path is not None:
             return path
+        cache = self.cache
+        if self._give_lent not in cache.holders:
+            cache.holders.append(self._give_lent)
         lease = self.hold(shard)
         assert lease is not None
         if (before := self._lent.pop(shard.name, None)) is not None:
-            before.release()
-        self._lent[shard.name] = lease
+            before[0].release()
+        self._lent[shard.name] = lease, time.monotonic(), threading.get_ident()
         while len(self._lent) > _PATHS_KEPT:
-            self._lent.popitem(last=False)[1].release()
+            self._lent.popitem(last=False)[1][0].release()
         return lease.path
+
+    def _give_lent(self) -> bool:
+        """Give the path back that was lent first, if it was opened by now; else False."""
+        try:
+            name, (lease, lent_at, thread) = next(iter(self._lent.items()))
+            # A thread that asks for another has opened what it was lent before.
+            if thread != threading.get_ident() and time.monotonic() - lent_at < _OPENED_AFTER_S:
+                return False
+            del self._lent[name]
+        except (StopIteration, KeyError, RuntimeError):  # another thread gave it
+            return False
+        lease.release()
+        return True
 
     def hold(self, shard: Shard, stop: threading.Event | None = None) -> Lease | None:
         """A remote shard in the node's cache, to be released after use; None where it is local.
@@ -172,11 +216,25 @@ class Dataset:
         return self.cache.acquire(self.storage, shard, stop) if self.is_remote else None
 
     def read_provenance(self) -> dict[str, Any] | None:
-        """How this version was made: inputs, config, versions, counters; None if it is gone."""
+        """How this version was made: inputs, config, versions, counters; None if it is gone.
+
+        DataRefused if a file is damaged that may have told it.
+        """
+        damaged = []
         for name in self.storage.list("provenance"):
-            record = json.loads(self.storage.read(name))
-            if record.get("data_digest") == self.data_digest:
-                return dict(record)
+            if Path(name).name.startswith("."):
+                continue  # a torn write
+            record = parse_provenance(self.storage.read(name), Path(name).stem)
+            if record is None:
+                damaged.append(name)
+            elif record.get("data_digest") == self.data_digest:
+                return record
+        if damaged:
+            raise DataRefused(
+                f"{self.storage.url}/{damaged[0]} is damaged, and no other file of provenance/ "
+                f"tells how the version {self.data_digest[:12]} was made; restore it, or delete "
+                "it to give up what it told"
+            )
         return None
 
 
@@ -289,13 +347,18 @@ def mix(names: Sequence[str], parts: Sequence[Dataset]) -> MixedDataset:
     )  # fmt: skip
 
 
-def mixed_references(reference: str) -> list[tuple[str, str]]:
-    """(name, reference) of each source that a MixedDataset's reference lists."""
-    listed, _, _ = reference.removeprefix(MIXED).rpartition("@")
-    try:
-        return [(str(name), str(one)) for name, one in json.loads(listed)]
-    except (ValueError, TypeError):
-        raise ConfigError(f"{reference[:80]!r} is not the reference of a mixture") from None
+def open_one(reference: str, cache: CacheConfig | None = None) -> Dataset:
+    """As open_dataset, where a mixture says nothing; ConfigError lists its datasets."""
+    dataset = open_dataset(reference, cache)
+    if not isinstance(dataset, MixedDataset):
+        return dataset
+    listed = ", ".join(
+        f"{name}: {part.reference}"
+        for name, part in zip(dataset.names, dataset.parts, strict=True)
+    )  # fmt: skip
+    raise ConfigError(
+        f"that names a mixture of {len(dataset.parts)} datasets; pass one of them: {listed}"
+    )
 
 
 def _open_mixed(reference: str, cache: CacheConfig | None) -> MixedDataset:
@@ -316,34 +379,16 @@ def open_dataset(reference: str, cache: CacheConfig | None = None) -> Dataset:
     if reference.startswith(MIXED):
         return _open_mixed(reference, cache)
     url, prefix = parse_reference(reference)
+    if problem := address_problem(url):
+        raise ConfigError(problem)
     if is_pin(url):
         return _open_pin(url, prefix, cache)
     storage = Storage(url)
-    digest = _latest(storage) if prefix is None else _complete(storage, prefix)
-    try:
-        data = _read(storage, f"manifests/{digest}.json")
-    except FileNotFoundError:
-        raise DataRefused(
-            f"{url} names the version {digest[:12]} but manifests/{digest}.json is missing; "
-            "restore it, or run the prep job again"
-        ) from None
-    manifest = Manifest.from_json(data)
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise DataRefused(
-            f"{url}/manifests/{digest}.json was changed: its SHA-256 is {found}; restore it, "
-            "or run the prep job again"
-        )
+    digest = version_at(storage, prefix)
+    manifest = read_manifest(storage, digest)
     return Dataset(
         storage=storage, manifest=manifest, data_digest=digest, cache_config=cache or CacheConfig()
     )
-
-
-def _read(storage: Storage, name: str) -> bytes:
-    """A small file; from a store, with retries and errors that say what to do."""
-    if storage.is_local:
-        return storage.read(name)
-    return retried(functools.partial(storage.read, name), f"{storage.url}/{name}")
 
 
 def _open_pin(path: str, prefix: str | None, cache: CacheConfig | None) -> Dataset:
@@ -360,34 +405,3 @@ def _open_pin(path: str, prefix: str | None, cache: CacheConfig | None) -> Datas
             f"{path} names {url}, and there is no dataset ({error}); where it lies now, pass its "
             f"place with @{digest[:12]} in place of the pin, as in --data.url PLACE@{digest[:12]}"
         ) from None
-
-
-def _latest(storage: Storage) -> str:
-    try:
-        text = _read(storage, "LATEST").decode("ascii", "replace").strip()
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(
-            f"no dataset at {storage.url}: there is no LATEST; pass the folder that a prep job "
-            "wrote (its `output`)"
-        ) from None
-    if len(text) != 64 or set(text) - set("0123456789abcdef"):
-        raise DataRefused(f"{storage.url}/LATEST holds {text[:80]!r}, not a data digest")
-    return text
-
-
-def _complete(storage: Storage, prefix: str) -> str:
-    """The one version whose digest starts with `prefix`."""
-    if len(prefix) == 64:
-        return prefix
-    stems = [Path(name).stem for name in storage.list("manifests") if name.endswith(".json")]
-    found = [stem for stem in stems if stem.startswith(prefix)]
-    if len(found) == 1:
-        return found[0]
-    have = ", ".join(stem[:12] for stem in stems) or "none"
-    if not stems and storage.url.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"{storage.url}@{prefix}: a web server lists no versions; give all 64 digits of the "
-            "digest, or the URL alone for its newest version"
-        )
-    what = "no version" if not found else f"{len(found)} versions"
-    raise ConfigError(f"{what} of {storage.url} start with {prefix}; it has {have}")

@@ -14,7 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dist.arrow_view import numpy_view
+from dist.checked_shards import checked_path
 from dist.dataset import Dataset
+from dist.example_file import ExampleShard
 from dist.packing import PackedRows
 
 I64 = NDArray[np.int64]
@@ -32,6 +35,8 @@ class Documents:
     """(documents,) index into the provenance's inputs."""
     offsets: I64
     """(documents,) where in that input the document starts."""
+    trained: NDArray[np.bool_] | None = None
+    """(sum(lengths),) of examples: which tokens are trained as targets."""
 
 
 def shard_rows(path: Path | str) -> Iterator[PackedRows]:
@@ -46,11 +51,11 @@ def rows_of_batch(batch: pa.RecordBatch) -> PackedRows:
     """A record batch as rows; the inverse of shard_file.packed_batch."""
     tokens, lens = batch.column("tokens"), batch.column("doc_lens")
     return PackedRows(
-        tokens=tokens.values.to_numpy(zero_copy_only=True).reshape(len(batch), -1),
-        row_splits=lens.offsets.to_numpy().astype(np.int64),
-        doc_lens=lens.values.to_numpy(),
-        doc_input=batch.column("doc_input").values.to_numpy(),
-        doc_offset=batch.column("doc_offset").values.to_numpy(),
+        tokens=numpy_view(tokens.values).reshape(len(batch), -1),
+        row_splits=numpy_view(lens.offsets).astype(np.int64),
+        doc_lens=numpy_view(lens.values),
+        doc_input=numpy_view(batch.column("doc_input").values),
+        doc_offset=numpy_view(batch.column("doc_offset").values),
     )
 
 
@@ -64,13 +69,34 @@ def read_documents(dataset: Dataset, split: str) -> Iterator[Documents]:
     """Every document of a split, a few thousand at a time; DataRefused for a damaged shard."""
     joiner = Joiner(_breaks(dataset, split))
     for shard in dataset.manifest.shards_of(split):
-        for rows in shard_rows(dataset.shard_path(shard)):
+        for rows in shard_rows(checked_path(dataset, shard)):
             found = joiner.add(rows)
             if found is not None:
                 yield found
     last = joiner.flush()
     if last is not None:
         yield last
+
+
+def read_examples(dataset: Dataset, split: str) -> Iterator[Documents]:
+    """Every example of a split as a document, a record batch's rows at a time."""
+    rows_at_once = dataset.manifest.schema["rows_per_batch"]
+    for entry in dataset.manifest.shards_of(split):
+        shard = ExampleShard(checked_path(dataset, entry))
+        for start in range(0, shard.num_rows, rows_at_once):
+            stop = min(start + rows_at_once, shard.num_rows)
+            rows = [shard.read(row) for row in range(start, stop)]
+            lengths = np.array([len(one.tokens) for one in rows], np.int64)
+            trained = np.zeros(int(lengths.sum()), bool)
+            for one, at in zip(rows, (np.cumsum(lengths) - lengths).tolist(), strict=True):
+                for first, last in one.spans.tolist():
+                    trained[at + first : at + last] = True
+            yield Documents(
+                tokens=np.concatenate([one.tokens for one in rows]), lengths=lengths,
+                inputs=np.array([one.input for one in rows], np.int64),
+                offsets=np.array([one.offset for one in rows], np.int64), trained=trained,
+            )  # fmt: skip
+        shard.close()
 
 
 def _breaks(dataset: Dataset, split: str) -> set[int]:

@@ -6,11 +6,13 @@ resumable, 93 do not restart, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 EXIT_INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class LeydenError(Exception):
@@ -52,8 +54,10 @@ def describe(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, FileNotFoundError):
         return f"no such file or folder: {error.filename or error}", 2
     if isinstance(error, OSError) and error.errno is not None:
-        where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}", 4
+        names = [str(name) for name in (error.filename, error.filename2) if name]
+        where = f" ({' -> '.join(names)})" if names else ""
+        advice = "; make room, or name a place on another disk"
+        return f"{error.strerror}{where}{advice if error.errno in _FULL else ''}", 4
     return None
 
 

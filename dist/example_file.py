@@ -20,7 +20,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dist.arrow_view import numpy_view
 from dist.errors import DataRefused
+from dist.example_gather import example_columns
+from dist.row_gather import BatchPlaces
 from dist.shard_file import ShardFile, open_shard_file, rows_per_batch, write_batches
 
 FORMAT = "leyden.examples.v1"
@@ -160,7 +163,7 @@ class ExampleShard:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._map, self._reader, self.metadata = open_shard_file(self.path, FORMAT)
+        _, self._reader, self.metadata = open_shard_file(self.path, FORMAT)  # it keeps the map
         batches = [self._reader.get_batch(i) for i in range(self._reader.num_record_batches)]
         if not batches:
             raise DataRefused(f"shard {path} holds no record batch")
@@ -168,10 +171,12 @@ class ExampleShard:
         self._rows_per_batch = batches[0].num_rows
         self.num_rows = sum(batch.num_rows for batch in batches)
         self._views: dict[int, _Views] = {}
+        self.places = BatchPlaces(self._reader.get_batch, len(batches), example_columns)
+        """For gather_examples; whoever holds it can read the shard, also after close()."""
 
     def lengths(self) -> I64:
         """Tokens of every example, (num_rows,); only the offsets are read."""
-        parts = [np.diff(batch.column("tokens").offsets.to_numpy()) for batch in self._batches]
+        parts = [np.diff(numpy_view(batch.column("tokens").offsets)) for batch in self._batches]
         return np.concatenate(parts).astype(np.int64)
 
     def example_tokens(self, row: int) -> NDArray[np.uint32]:
@@ -189,8 +194,8 @@ class ExampleShard:
         """(segments,) lengths of an example's turns or documents."""
         batch, local = divmod(row, self._rows_per_batch)
         column = self._batches[batch].column("segment_lens")
-        offsets = column.offsets.to_numpy()
-        return column.values.to_numpy()[offsets[local] : offsets[local + 1]]
+        offsets = numpy_view(column.offsets)
+        return numpy_view(column.values)[offsets[local] : offsets[local + 1]]
 
     def origin(self, row: int) -> tuple[int, int]:
         """(input index, offset) of an example."""
@@ -206,9 +211,8 @@ class ExampleShard:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Drop the map; views handed out keep it alive until they are gone."""
+        """Let go of the map; it stays for views handed out, until they are gone."""
         self._batches, self._views = [], {}
-        self._map.close()
 
     def _at(self, row: int) -> tuple[_Views, int]:
         if not 0 <= row < self.num_rows:
@@ -237,11 +241,11 @@ def _views_of(batch: Any) -> _Views:
     tokens, spans = batch.column("tokens"), batch.column("loss_spans")
     edges = spans.values
     return _Views(
-        tokens=tokens.values.to_numpy(),
-        token_splits=tokens.offsets.to_numpy(),
-        span_splits=spans.offsets.to_numpy(),
-        span_start=edges.field("start").to_numpy(),
-        span_stop=edges.field("stop").to_numpy(),
-        input=batch.column("doc_input").to_numpy(),
-        offset=batch.column("doc_offset").to_numpy(),
+        tokens=numpy_view(tokens.values),
+        token_splits=numpy_view(tokens.offsets),
+        span_splits=numpy_view(spans.offsets),
+        span_start=numpy_view(edges.field("start")),
+        span_stop=numpy_view(edges.field("stop")),
+        input=numpy_view(batch.column("doc_input")),
+        offset=numpy_view(batch.column("doc_offset")),
     )

@@ -2,7 +2,8 @@
 
 lengths/<SHA-256>.arrow is an Arrow IPC file, uncompressed, with one non-null column `tokens`: the
 length of each example in the order of the manifest's shards and of the rows in them, as uint16
-where max_length fits, else uint32. Equal lengths and max_length give equal bytes.
+where max_length fits, else uint32. Equal lengths and max_length give equal bytes. One process a
+node fetches that of a remote dataset (dist/cached_file.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dist.arrow_view import numpy_view
 from dist.errors import DataRefused
 from dist.manifest import Shard
 
@@ -53,5 +55,5 @@ def parse_lengths(
             f"{url} has the lengths of {table.num_rows:,} examples, the manifest has {rows:,}; run "
             "the prep job again"
         )
-    lengths = table.column("tokens").chunk(0).to_numpy()
+    lengths = numpy_view(table.column("tokens").chunk(0))
     return np.split(lengths, np.cumsum([shard.rows for shard in shards])[:-1])

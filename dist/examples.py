@@ -9,18 +9,20 @@ are packed one by one, which costs at most a part of a row each and keeps the or
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dist.checked_shards import checked_path
 from dist.dataset import Dataset, MixedDataset, SplitTable, mix
 from dist.errors import ConfigError, DataRefused
 from dist.example_file import ExampleShard
+from dist.example_gather import gather_examples
 from dist.pack_index import PackIndex, one_a_row, pack_best_fit
-from dist.packing import PAD_TOKEN
+from dist.row_gather import GatheredRows
 
 Packing = Literal["packed", "padded"]
 I32 = NDArray[np.int32]
@@ -36,8 +38,8 @@ class ExampleRows:
     def __init__(
         self, path: Path, index: PackIndex, width: int, lengths: NDArray[np.integer]
     ) -> None:
-        self._shard, self._index, self._width = ExampleShard(path), index, width
-        self.num_rows = index.num_rows
+        self._shard, self.index, self._width = ExampleShard(path), index, width
+        self.num_rows, self.places = index.num_rows, self._shard.places
         if not np.array_equal(self._shard.lengths(), lengths):
             self._shard.close()
             raise DataRefused(
@@ -45,40 +47,25 @@ class ExampleRows:
                 "tells; run the prep job again"
             )
 
-    def read_row(self, row: int, out: NDArray[np.unsignedinteger]) -> I32:
-        """Copy a row's tokens into `out` (width,) and return its examples' lengths."""
-        start = 0
-        lengths = []
-        for example in self._index.examples_of(row).tolist():
-            tokens = self._shard.example_tokens(example)
-            out[start : start + len(tokens)] = tokens
-            lengths.append(len(tokens))
-            start += len(tokens)
-        out[start:] = PAD_TOKEN
-        return np.array(lengths, np.int32)
+    def gather(self, rows: I64) -> GatheredRows:
+        """Copies of rows (k,)."""
+        return gather_examples([self], np.zeros_like(rows), rows, self._width)
 
     def trained_runs(self, row: int) -> I32:
         """(runs, 2) how many tokens of a row are left out, then trained; they sum to `width`."""
-        starts, parts = 0, [np.empty((0, 2), np.int32)]
-        for example in self._index.examples_of(row).tolist():
-            parts.append(self._shard.spans(example) + np.int32(starts))
-            starts += len(self._shard.example_tokens(example))
-        spans = np.concatenate([*parts, [[self._width, self._width]]])
-        before = np.concatenate(([0], spans[:-1, 1]))
-        return np.stack((spans[:, 0] - before, spans[:, 1] - spans[:, 0]), axis=1).astype(np.int32)
+        runs = self.gather(np.array([row])).runs
+        assert runs is not None
+        return runs
 
     def tokens(self, start: int, stop: int) -> NDArray[np.uint32]:
         """Tokens of rows start to stop, (stop - start, width)."""
-        out = np.empty((stop - start, self._width), np.uint32)
-        for row in range(start, stop):
-            self.read_row(row, out[row - start])
-        return out
+        return self.gather(np.arange(start, stop)).tokens
 
     def lineage(self, row: int) -> list[tuple[int, int, int]]:
         """(input index, offset, tokens) of each example of a row."""
         return [
             (*self._shard.origin(example), len(self._shard.example_tokens(example)))
-            for example in self._index.examples_of(row).tolist()
+            for example in self.index.examples_of(row).tolist()
         ]
 
     def close(self) -> None:
@@ -105,6 +92,11 @@ class ExampleSplit(SplitTable):
         """Rows of the split that hold the given examples of shard `number`, ascending."""
         return np.unique(self.row_start[number] + self.packs[number].rows_of(records))
 
+    def records_of(self, number: int, rows: NDArray[np.integer]) -> I64:
+        """Examples of shard `number` that make its rows (k,), counted in the shard; ascending."""
+        of = self.packs[number].examples_of
+        return np.unique(np.concatenate([of(row) for row in np.asarray(rows).tolist()]))
+
     @property
     def padding(self) -> float:
         """Share of all rows' tokens that is padding."""
@@ -117,6 +109,10 @@ class ExampleDataset(Dataset):
 
     packing: Packing
     seq_len: int
+    began: ExampleDataset | None = None
+    """The version whose packed rows of train are kept, where the run began with another one."""
+    gone: tuple[int, ...] = ()
+    """Rows of train of `began` that this version lacks."""
     made: dict[str, ExampleSplit] = field(default_factory=dict, compare=False, repr=False)
     """Splits that were made already."""
     table: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -141,7 +137,8 @@ class ExampleDataset(Dataset):
         shards = self.manifest.shards_of(name)
         packs, tokens = [], 0
         told = self.lengths_of(name)
-        for shard, lengths in zip(shards, told, strict=True):
+        kept = self._kept_packs() if self.began is not None and name == "train" else []
+        for number, (shard, lengths) in enumerate(zip(shards, told, strict=True)):
             if len(lengths) != shard.rows or lengths.min() < 1:
                 raise DataRefused(
                     f"{shard.name} is damaged: it tells of {len(lengths)} examples, the shortest "
@@ -156,8 +153,12 @@ class ExampleDataset(Dataset):
                     "or more, or write the dataset anew with a smaller max_length, which truncates"
                 )
             tokens += int(lengths.sum())
-            padded = self.packing == "padded"
-            packs.append(one_a_row(len(lengths)) if padded else pack_best_fit(lengths, width))
+            if kept:
+                packs.append(kept[number])
+            elif self.packing == "padded":
+                packs.append(one_a_row(len(lengths)))
+            else:
+                packs.append(pack_best_fit(lengths, width))
         if tokens != self.manifest.totals[name]["tokens"]:
             raise DataRefused(
                 f"the shards of {name} tell of {tokens:,} tokens, the manifest of "
@@ -169,6 +170,24 @@ class ExampleDataset(Dataset):
             lengths=tuple(told), width=width, num_tokens=tokens,
         )  # fmt: skip
 
+    def _kept_packs(self) -> list[PackIndex]:
+        """The rows of `began` but those that are gone, of each shard that has any."""
+        assert self.began is not None
+        first = self.began.split("train")
+        number, local = first.locate(np.array(self.gone, np.int64))
+        kept = []
+        for n, pack in enumerate(first.packs):
+            lost = [pack.examples_of(row) for row in local[number == n].tolist()]
+            kept.append(pack.without(np.concatenate([np.empty(0, np.int32), *lost]))[0])
+        kept = [pack for pack in kept if pack.num_rows]
+        shards = self.manifest.shards_of("train")
+        if [len(pack.examples) for pack in kept] != [shard.rows for shard in shards]:
+            raise DataRefused(
+                f"{self.reference} is not {self.began.reference} without {len(self.gone)} of its "
+                "packed rows; stages.jsonl of the run was edited"
+            )
+        return kept
+
     def lengths_of(self, name: str) -> Sequence[NDArray[np.integer]]:
         """Of the examples of each shard of a split, (examples,) each."""
         if self.manifest.lengths_digest is not None:
@@ -177,7 +196,7 @@ class ExampleDataset(Dataset):
             return self.table[name]
         found = []
         for shard in self.manifest.shards_of(name):
-            opened = ExampleShard(self.shard_path(shard))  # a remote one is fetched
+            opened = ExampleShard(checked_path(self, shard))  # a remote one is fetched
             found.append(opened.lengths())
             opened.close()
         return found
@@ -218,6 +237,44 @@ def as_rows(dataset: Dataset, packing: str = "packed", seq_len: int = 0) -> Data
         packing="padded" if packing == "padded" else "packed",
         seq_len=seq_len or int(schema["max_length"]),
     )  # fmt: skip
+
+
+def keep_rows(dataset: Dataset, first: Dataset, gone: Sequence[int]) -> Dataset:
+    """Packed rows of `first` without `gone` of train, read from the version that lacks them.
+
+    dataset: of as_rows; all but packed examples stays as it is: it has the same rows anyway.
+    """
+    if not isinstance(dataset, ExampleDataset) or dataset.packing == "padded" or not gone:
+        return dataset
+    began = as_rows(first, dataset.packing, dataset.seq_len)
+    assert isinstance(began, ExampleDataset)
+    return replace(dataset, began=began, gone=tuple(gone), made={}, table={})
+
+
+def rows_of_records(split: SplitTable, records: Sequence[int]) -> list[int]:
+    """Rows of a split that these records of its files make up, ascending; ValueError if they are
+    some examples only of a packed row."""
+    if not isinstance(split, ExampleSplit):
+        return sorted(records)
+    starts = np.cumsum([0, *(shard.rows for shard in split.shards)])
+    number = np.searchsorted(starts, records, side="right") - 1
+    found: list[int] = []
+    for n in np.unique(number).tolist():
+        local = np.array(records, np.int64)[number == n] - starts[n]
+        found += (split.row_start[n] + split.packs[n].without(local)[1]).tolist()
+    return found
+
+
+def records_of_rows(split: SplitTable, rows: Sequence[int]) -> list[int]:
+    """The inverse: records of a split's files, numbered through its shards, ascending."""
+    if not isinstance(split, ExampleSplit):
+        return sorted(rows)
+    starts = np.cumsum([0, *(shard.rows for shard in split.shards)])
+    number, local = split.locate(np.array(rows, np.int64))
+    found: list[int] = []
+    for n, row in zip(number.tolist(), local.tolist(), strict=True):
+        found += (starts[n] + split.packs[n].examples_of(row)).tolist()
+    return sorted(found)
 
 
 def rows_as_trained(dataset: Dataset, config: dict[str, Any]) -> Dataset:

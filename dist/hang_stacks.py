@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
-import traceback
+import faulthandler
+import os
+import re
+import tempfile
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 NO_HEARTBEAT = "no heartbeat: stopped, dead, or Python blocked"
 # Where a thread waits for other ranks: files of torch, and functions of ours.
 _WAITING_FILES = ("torch/distributed/", "torch/autograd/", "torch/_ops.py", "torch/nn/parallel/")
 _WAITING_CALLS = (("checkpoint_callback.py", "_settle"), ("checkpoint.py", "wait"))
-_LOADER = "dist/loader.py"
-_FULL = ("put", "wait_begun")
+_CHANNEL = "dist/channel.py"
+_WAITS = ("/threading.py", "/queue.py", "/concurrent/futures/")
+LOADER_THREADS = ("agree", "gather")
+"""Of dist/loader.py, in the order in which one that does not wait for the other is to blame."""
 
 
-def stack_of(frame: FrameType | None) -> list[tuple[str, str, int]]:
-    """(file, function, line) of a frame and its callers, innermost first."""
-    if frame is None:
-        return []
-    walked = traceback.walk_stack(frame)
-    return [(one.f_code.co_filename, one.f_code.co_name, line) for one, line in walked]
+Stack = list[tuple[str, str, int]]
+_THREAD = re.compile(r"(?:Thread|Current thread) 0x([0-9a-f]+)")
+_FRAME = re.compile(r'  File "(.*)", line (\d+|\?+) in (.*)')
+
+
+def stacks_of_threads() -> dict[int, Stack]:
+    """(file, function, line) of each thread's calls, innermost first; by the thread's ident.
+
+    As faulthandler writes them, in one call that holds the interpreter's lock: of 100 threads and
+    100 calls at most. To walk another thread's frames in Python meets frames that it has left
+    meanwhile, whose callers may be any object by now (CPython 3.11). {} where there is no file to
+    write to (too many are open): a heartbeat without a place is better than none.
+    """
+    try:
+        made = os.memfd_create("stacks") if hasattr(os, "memfd_create") else None
+        with open(made, "w+b") if made is not None else tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return parse_stacks(file.read().decode(errors="replace"))
+    except OSError:
+        return {}
+
+
+def parse_stacks(text: str) -> dict[int, Stack]:
+    """What faulthandler.dump_traceback wrote."""
+    found: dict[int, Stack] = {}
+    stack: Stack = []
+    for line in text.splitlines():
+        if thread := _THREAD.match(line):
+            stack = found[int(thread[1], 16)] = []
+        elif frame := _FRAME.match(line):
+            stack.append((frame[1], frame[3], int(frame[2]) if frame[2].isdigit() else 0))
+    return found
 
 
 def waits_for_others(
@@ -28,22 +59,25 @@ def waits_for_others(
 ) -> tuple[bool, str]:
     """Whether a rank's stacks say that it waits for other ranks, and its innermost place.
 
-    A main thread that waits for data stands where a loader's thread stands: one that does not
-    itself wait for the main thread to take what it has (validation data, read ahead).
+    A main thread that waits for data stands where a loader's thread stands: the first one that does
+    not itself wait for another thread to give or take something (validation data, read ahead).
     """
     stack = main
-    if any(f.endswith(_LOADER) and name == "get" for f, name, _ in main):
-        empty = [one for one in loaders if not any(name in _FULL for _, name, _ in one)]
-        stack = (empty or loaders or [main])[0]
+    if _at_channel(main):
+        stack = ([one for one in loaders if not _at_channel(one)] or loaders or [main])[0]
     if not stack:
         return False, "no Python frame"
     # threading.wait and the like are where a place of ours waits, not where it is.
-    named = [one for one in stack if "/threading.py" not in one[0] and "/queue.py" not in one[0]]
+    named = [one for one in stack if not any(part in one[0] for part in _WAITS)]
     file, function, line = (named or stack)[0]
     waiting = any(part in file for part in _WAITING_FILES) or any(
         file.endswith(name) and function == call for name, call in _WAITING_CALLS
     )
     return waiting, f"{file}:{line} in {function}"
+
+
+def _at_channel(stack: list[tuple[str, str, int]]) -> bool:
+    return any(file.endswith(_CHANNEL) for file, _, _ in stack)
 
 
 def at_fault(

@@ -13,11 +13,16 @@ import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fsspec import AbstractFileSystem
 
-_READ_BYTES = 1 << 20
+from dist.http_connections import kept_response
+
+_READ_BYTES = 64 << 10
+"""Small enough that its memory is used again at once: new pages cost more than the copy."""
 
 
 class HttpError(OSError):
@@ -61,17 +66,25 @@ class HttpFiles(AbstractFileSystem):
         with self._open_url(path, {"Range": "bytes=0-0"}) as response:
             total = _total(response)
             if total is None:
-                total = len(self._read(response, None))
+                total = self._copy(response, None, lambda _: None)
         return {"name": path, "size": total, "type": "file"}
 
     def cat_file(
         self, path: str, start: int | None = None, end: int | None = None, **_: Any
     ) -> bytes:
         """Bytes [start, end), both not negative; ShortRead where the file has fewer."""
+        found: list[bytes] = []
         if start is None and end is None:
             with self._open_url(path, {}) as response:
-                return self._read(response, None)
-        start = start or 0
+                self._copy(response, None, found.append)
+        else:
+            self.copy_range(path, start or 0, end, found.append)
+        return b"".join(found)
+
+    def copy_range(
+        self, path: str, start: int, end: int | None, take: Callable[[bytes], None]
+    ) -> None:
+        """Hand over bytes [start, end) as they come; ShortRead where the file has fewer."""
         ask = f"bytes={start}-" if end is None else f"bytes={start}-{end - 1}"
         wanted = None if end is None else end - start
         with self._open_url(path, {"Range": ask}) as response:
@@ -80,8 +93,8 @@ class HttpFiles(AbstractFileSystem):
                 if not said.startswith(f"bytes {start}-"):
                     raise HttpError(206, f"answers {ask} with {said!r}", path)
             else:  # a server without ranges sends the file from its start
-                self._read(response, start, keep=False)
-            return self._read(response, wanted)
+                self._copy(response, start, lambda _: None)
+            self._copy(response, wanted, take)
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         raise FileNotFoundError(errno.ENOENT, "a web server lists no folders", path)
@@ -95,12 +108,20 @@ class HttpFiles(AbstractFileSystem):
     def _rm(self, path: str) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
 
-    def _open_url(self, url: str, headers: dict[str, str], method: str = "GET") -> Any:
+    @contextmanager
+    def _open_url(self, url: str, headers: dict[str, str], method: str = "GET") -> Iterator[Any]:
         # Without this, a server may compress, and ranges would be of the compressed bytes.
         headers = {"Accept-Encoding": "identity", "User-Agent": "leyden", **headers}
-        request = urllib.request.Request(url, headers=headers, method=method)
         try:
-            return urllib.request.urlopen(request, timeout=self.timeout_s)
+            with kept_response(url, headers, method, self.timeout_s) as response:
+                if response is not None:
+                    if response.status >= 400:
+                        raise _as_os_error(response.status, response.reason, url)
+                    yield response
+                    return
+            request = urllib.request.Request(url, headers=headers, method=method)
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                yield response
         except urllib.error.HTTPError as error:
             error.close()
             raise _as_os_error(error.code, str(error.reason), url) from None
@@ -111,20 +132,20 @@ class HttpFiles(AbstractFileSystem):
         except http.client.HTTPException as error:
             raise ConnectionError(f"{url}: {error!r}") from None
 
-    def _read(self, response: Any, count: int | None, *, keep: bool = True) -> bytes:
-        """`count` bytes, or all that come; a slow or short answer raises."""
-        found: list[bytes] = []
+    def _copy(self, response: Any, count: int | None, take: Callable[[bytes], None]) -> int:
+        """Hand over `count` bytes, or all that come, and say how many; a slow or short answer
+        raises."""
         got = 0
         started = time.monotonic()
         try:
             while count is None or got < count:
-                ask = _READ_BYTES if count is None else min(_READ_BYTES, count - got)
-                data = response.read1(ask)
+                data = response.read1(
+                    _READ_BYTES if count is None else min(_READ_BYTES, count - got)
+                )
                 if not data:
                     break
                 got += len(data)
-                if keep:
-                    found.append(data)
+                take(data)
                 if time.monotonic() - started > self.timeout_s + got / self.slowest_bytes_s:
                     raise TimeoutError(f"{got} bytes in {time.monotonic() - started:.0f} s")
         except http.client.IncompleteRead as error:
@@ -134,7 +155,7 @@ class HttpFiles(AbstractFileSystem):
         missing = (count or 0) - got if count is not None else (response.length or 0)
         if missing > 0:
             raise ShortRead(errno.EIO, f"{missing} bytes are missing after {got}")
-        return b"".join(found)
+        return got
 
 
 def _total(response: Any) -> int | None:

@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dist.arrow_view import numpy_view
+from dist.checked_shards import checked_path
 from dist.dataset import Dataset, MixedDataset, SplitTable, first_rows
 from dist.errors import ConfigError
 from dist.progress import Progress
@@ -43,13 +45,18 @@ class RowRef:
         return f"{self.split}:{self.row}"
 
 
-def rows_of_key(dataset: Dataset, key: str, *, progress: bool = True) -> list[RowRef]:
-    """Rows that a key names; see who_saw. A source is looked for in all shards of all splits."""
+def rows_of_key(
+    dataset: Dataset, key: str, *, progress: bool = True, stamps: Path | None = None
+) -> list[RowRef]:
+    """Rows that a key names; see who_saw. A source is looked for in all shards of all splits.
+
+    stamps: see checked_path.
+    """
     if isinstance(dataset, MixedDataset):
-        return _rows_of_mixture(dataset, key, progress=progress)
+        return _rows_of_mixture(dataset, key, progress, stamps)
     paths = input_paths(dataset)
     if (number := _input_number(paths, key)) is not None:
-        return rows_of_source(dataset, number, None, progress=progress)
+        return rows_of_source(dataset, number, None, progress=progress, stamps=stamps)
     if match := re.fullmatch(r"([^:]+):(\d+)", key):
         name, row = match[1], int(match[2])
         if name in dataset.manifest.splits():
@@ -61,7 +68,7 @@ def rows_of_key(dataset: Dataset, key: str, *, progress: bool = True) -> list[Ro
             return [_row_of_shard(dataset, name.removesuffix(".arrow"), row)]
     path, at, offset = key.rpartition("@")
     if at and offset.isdigit() and (number := _input_number(paths, path)) is not None:
-        return rows_of_source(dataset, number, int(offset), progress=progress)
+        return rows_of_source(dataset, number, int(offset), progress=progress, stamps=stamps)
     close = difflib.get_close_matches(key, [one for pair in paths for one in pair], n=1)
     raise ConfigError(
         f"{key!r} names nothing in {dataset.storage.url}"
@@ -71,7 +78,9 @@ def rows_of_key(dataset: Dataset, key: str, *, progress: bool = True) -> list[Ro
     )
 
 
-def _rows_of_mixture(dataset: MixedDataset, key: str, *, progress: bool) -> list[RowRef]:
+def _rows_of_mixture(
+    dataset: MixedDataset, key: str, progress: bool, stamps: Path | None
+) -> list[RowRef]:
     """SOURCE/KEY in that source; a shard's row or an input also without SOURCE, in all of them."""
     name, _, rest = key.partition("/")
     chosen = [name] if name in dataset.names and rest else list(dataset.names)
@@ -88,7 +97,7 @@ def _rows_of_mixture(dataset: MixedDataset, key: str, *, progress: bool) -> list
     for one in chosen:
         part = dataset.parts[dataset.names.index(one)]
         try:
-            rows = rows_of_key(part, rest, progress=progress)
+            rows = rows_of_key(part, rest, progress=progress, stamps=stamps)
         except ConfigError as error:
             problems.append(f"{one}: {error}")
             continue
@@ -114,8 +123,9 @@ def input_paths(dataset: Dataset) -> list[tuple[str, str]]:
 
 
 def rows_of_source(
-    dataset: Dataset, number: int, offset: int | None, *, progress: bool = True
-) -> list[RowRef]:
+    dataset: Dataset, number: int, offset: int | None, *, progress: bool = True,
+    stamps: Path | None = None,
+) -> list[RowRef]:  # fmt: skip
     """Rows that hold a piece of input `number`, or of its document at `offset`."""
     found: list[RowRef] = []
     starts: list[NDArray[np.int64]] = []
@@ -124,7 +134,7 @@ def rows_of_source(
         for name in dataset.manifest.splits():
             split = dataset.split(name)
             for index, shard in enumerate(split.shards):
-                rows, offsets = lineage_hits(dataset.shard_path(shard), number)
+                rows, offsets = lineage_hits(checked_path(dataset, shard, stamps), number)
                 starts.append(offsets)
                 if offset is not None:
                     rows = rows[offsets == offset]
@@ -155,14 +165,14 @@ def lineage_hits(path: Path, number: int) -> tuple[I64, I64]:
             batch = reader.get_batch(i)
             inputs, places = batch.column("doc_input"), batch.column("doc_offset")
             if pa.types.is_list(inputs.type):
-                hits = np.flatnonzero(inputs.values.to_numpy() == number)
+                hits = np.flatnonzero(numpy_view(inputs.values) == number)
                 # Rows without pieces share their border with the next row: the last one owns it.
-                row = np.searchsorted(inputs.offsets.to_numpy(), hits, side="right") - 1
+                row = np.searchsorted(numpy_view(inputs.offsets), hits, side="right") - 1
                 places = places.values
             else:  # examples: one origin a row
-                row = hits = np.flatnonzero(inputs.to_numpy() == number)
+                row = hits = np.flatnonzero(numpy_view(inputs) == number)
             rows.append(start + row)
-            offsets.append(places.to_numpy()[hits].astype(np.int64))
+            offsets.append(numpy_view(places)[hits].astype(np.int64))
             start += batch.num_rows
             del batch, inputs, places
     empty = np.empty(0, np.int64)

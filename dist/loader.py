@@ -1,47 +1,54 @@
-"""Packed rows of local shards into micro-batches: mmap, one gather thread, no worker processes.
+"""Rows of mapped shards into micro-batches: threads, no worker processes.
 
 Which rows: step s consumes samples [t, t + B) of an order; data-parallel coordinate r of W takes
 rows rank_span(B, r, W), cut into micro-batches. Every rank runs the same number of them; short
 ones are padded with rows of no document, which weigh nothing.
 
-The thread knows a step's rows ahead, so it also agrees with the other ranks, by one small
-all-reduce a step on a gloo group of its own, on what the step needs: its valid targets, whether
-someone asked to stop, whether someone failed. They agree on a step while the one before it is
-computed, not earlier: so at most two more steps begin after a request to stop.
+One thread gathers, as far ahead as some memory allows. Where there are other ranks, another thread
+agrees with them, by one small all-reduce a step on a gloo group of its own, on what the step needs:
+its valid targets, whether someone asked to stop, whether someone failed. It can, as a step's rows
+are known ahead. Ranks agree on a step while the one before it is computed, not earlier: so at most
+two more steps begin after a request to stop.
 """
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed
 from numpy.typing import NDArray
 
-from dist.batch import Batch, make_batches, mark_trained
-from dist.batch_layout import batch_rows
+from dist.agreement import Agreement
+from dist.batch import Batch
+from dist.channel import Channel
 from dist.dataset import Dataset, SplitTable, first_rows
 from dist.drain import end_soon, lost_peer
-from dist.errors import describe
-from dist.mesh import PeerFailed, host_group
+from dist.mesh import host_group
 from dist.open_shards import OpenShards
-from dist.order import FirstRows, OrderState, num_micro_batches, rank_span
+from dist.order import FirstRows, OrderState, num_micro_batches
 from dist.run_dir import RunDir
 from dist.run_order import first_order
 from dist.skips import SkippingOrder, Skips
 from dist.stages import LOOK_AHEAD_STEPS, DerivedOrder
+from dist.step_gather import StepGatherer
 from dist.verify import ShardVerifier
 
 SETTLE_TIMEOUT_S = 60.0
+GATHERED_BYTES, GATHERED_STEPS = 32 << 20, 16
+"""What waits for the ranks to agree, at most, or else steps that were gathered together: for so
+long may a disk be slow, or a machine busy."""
+LEAST_BYTES = GATHERED_BYTES // GATHERED_STEPS
 
 
 class RowOrder(Protocol):
@@ -50,6 +57,8 @@ class RowOrder(Protocol):
     num_rows: int
 
     def rows(self, t0: int, t1: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+
+    def at(self, t: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +98,26 @@ class LoaderPlan:
         return num_micro_batches(rows, self.world_size, self.micro_batch)
 
 
-class TokenLoader:
-    """Iterable of Batch. Each `iter()` starts at the plan's first step with a thread of its own.
+_open: weakref.WeakSet[TokenLoader] = weakref.WeakSet()
 
-    Raises in the consumer what failed in the thread: DataRefused for a damaged shard on this
+
+@atexit.register
+def _close_all() -> None:
+    """A thread in native code aborts an interpreter that ends meanwhile."""
+    for loader in list(_open):
+        loader.close()
+
+
+def tell_step(batches: list[Batch], targets: int, stop: bool) -> None:
+    """Write into a step's micro-batches what holds for all of it."""
+    for batch in batches:
+        batch.step_targets, batch.stop = targets, stop
+
+
+class TokenLoader:
+    """Iterable of Batch. Each `iter()` starts at the plan's first step with threads of its own.
+
+    Raises in the consumer what failed in a thread: DataRefused for a damaged shard on this
     rank, PeerFailed where another rank failed. Close it (or use it as a context manager).
     """
 
@@ -117,14 +142,18 @@ class TokenLoader:
         """Seconds that the consumer waited for data, in all."""
         self.goes_on = False
         """Whether a further `iter()` goes on where the last one stopped, not at the start."""
-        self._seq_len = int(dataset.schema["seq_len"])
-        self._dtype = np.dtype(dataset.schema["token_dtype"])
-        self._has_masks = dataset.manifest.kind == "examples"
         self._shards = OpenShards(dataset, split, verifier)
+        self._gatherer = StepGatherer(dataset, split, self._shards)
         self._agree, self._pin, self._stop_requested = agree, pin, stop_requested
-        self._channel: _Channel | None = None
-        self._thread: threading.Thread | None = None
+        self._channel: Channel | None = None
+        self._gathered = Channel(GATHERED_BYTES)
+        self._steps: deque[list[Batch]] = deque()
+        """That came, and were not begun."""
+        self._pending: deque[Batch] = deque()
+        """Of the step that was begun, what has not been taken yet."""
+        self._threads: list[threading.Thread] = []
         self._delivered = self._left_behind = self._ended = False
+        _open.add(self)
 
     def __len__(self) -> int:
         """Micro-batches of steps 0 to the last, also those before the start: what a loop that
@@ -155,33 +184,49 @@ class TokenLoader:
         if self._agree is not None and self._left_behind:
             raise RuntimeError("the last pass over this loader still waits for other ranks")
         self._delivered = self._ended = False
-        ahead = self.plan.num_micro(self.plan.batch)
-        channel = _Channel(max(2, min(ahead, 16)))
-        thread = threading.Thread(target=self._run, args=(channel,), name="gather", daemon=True)
-        self._channel, self._thread = channel, thread
-        thread.start()
+        self._channel = channel = self._gathered = gathered = Channel(GATHERED_BYTES)
+        self._threads = [
+            threading.Thread(target=self._gather, args=(gathered,), name="gather", daemon=True)
+        ]
+        if self._agree is not None:
+            self._channel = channel = Channel(2)
+            agree, args = self._agree_on_steps, (self._agree, gathered, channel)
+            self._threads.append(
+                threading.Thread(target=agree, args=args, name="agree", daemon=True)
+            )
+        for thread in self._threads:
+            thread.start()
         return self._deliver(channel)
 
-    def _deliver(self, channel: _Channel) -> Iterator[Batch]:
-        while not self._ended:
-            start = time.perf_counter()
-            item = channel.get()
-            self.wait_s += time.perf_counter() - start
-            if item is None:
-                self._ended = True
-                return
-            if isinstance(item, BaseException):
-                raise item
-            channel.begin(item.step)
+    def _deliver(self, channel: Channel) -> Iterator[Batch]:
+        while self._pending or not self._ended:
+            if not self._pending:
+                if not self._steps:
+                    start = time.perf_counter()
+                    item = channel.get()
+                    self.wait_s += time.perf_counter() - start
+                    if item is None:
+                        self._ended = True
+                        return
+                    if isinstance(item, BaseException):
+                        raise item
+                    self._steps.extend(item)
+                batches = self._steps.popleft()
+                if self._agree is None:
+                    self._ended = self._stop_requested()
+                    tell_step(batches, sum(batch.num_targets for batch in batches), self._ended)
+                else:  # who agrees waits for it; who gathers would wake in vain
+                    channel.begin(batches[0].step)
+                self._pending.extend(batches)
             self._delivered = True
-            yield item
+            yield self._pending.popleft()
 
     def fetch_ahead(self) -> None:
         """Begin to fetch remote shards now, while the model is being made."""
         self._shards.begin(self.order, self.plan)
 
     def settle(self) -> None:
-        """Wait until the thread has agreed with the other ranks on the step after this one.
+        """Wait until a thread has agreed with the other ranks on the step after this one.
 
         Ranks that all settle before they close leave none behind in an all-reduce.
         """
@@ -189,15 +234,18 @@ class TokenLoader:
             self._channel.wait_filled(SETTLE_TIMEOUT_S)
 
     def close(self) -> None:
-        """End the thread. It may sit in a collective with a dead peer: then it is left behind."""
+        """End the threads. One may sit in a collective with a dead peer: then it is left behind."""
         if self._channel is not None:
             self._channel.close()
+        self._gathered.close()
         self._shards.cancel()
-        if self._thread is not None:
-            self._thread.join(timeout=2.0)
-            self._left_behind = self._thread.is_alive()
+        for thread in self._threads:
+            thread.join(timeout=2.0)
+        self._left_behind = any(thread.is_alive() for thread in self._threads)
         self._shards.end()
-        self._channel = self._thread = None
+        self._steps.clear()
+        self._pending.clear()
+        self._channel, self._threads = None, []
 
     def __enter__(self) -> TokenLoader:
         return self
@@ -205,31 +253,39 @@ class TokenLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, channel: _Channel) -> None:
+    def _gather(self, gathered: Channel) -> None:
+        """A thread: the micro-batches of one step after the other, as far as room allows; at last
+        None, or what went wrong."""
         try:
             self._shards.begin(self.order, self.plan)
-            for step, t0, t1 in self.plan.steps():
-                self._shards.reach(step)
-                failure: BaseException | None = None
-                batches: list[Batch] = []
-                try:
-                    batches = self._gather_step(step, t0, t1)
-                except Exception as error:
-                    failure = error
-                targets = sum(batch.num_targets for batch in batches)
-                first = step == self.plan.start_step
-                if self._agree is not None and not (first or channel.wait_begun(step - 1)):
+            for steps in self._gatherer.steps(self.order, self.plan):
+                if self._pin:
+                    steps = [[batch.pin() for batch in batches] for batches in steps]
+                sizes = [sum(batch.tokens.nbytes for batch in batches) for batches in steps]
+                # Together: to wake another thread costs as much as gathering a dozen rows.
+                if not gathered.put(steps, sum(max(size, LEAST_BYTES) for size in sizes)):
                     return
-                stop = self._stop_requested()
-                if self._agree is not None:
-                    counted = targets if self.plan.counts else 0
-                    targets, stop = self._agree.step(counted, stop, failure)
+            gathered.put(None)
+        except BaseException as error:  # told to the other ranks, if any, and to the consumer
+            gathered.put(error)
+        finally:
+            self._gatherer.close()
+            self._shards.end()
+
+    def _agree_on_steps(self, agree: Agreement, gathered: Channel, channel: Channel) -> None:
+        """Another thread: what all ranks must know of a step, then its micro-batches."""
+        try:
+            for batches, failure in self._gathered_steps(gathered):
+                targets = sum(batch.num_targets for batch in batches)
+                if not self._may_agree(batches, channel):
+                    return
+                counted = targets if self.plan.counts else 0
+                targets, stop = agree.step(counted, self._stop_requested(), failure)
                 if failure is not None:
                     raise failure
-                for batch in batches:
-                    batch.step_targets, batch.stop = targets, stop
-                    if not channel.put(batch.pin() if self._pin else batch):
-                        return
+                tell_step(batches, targets, stop)
+                if not channel.put([batches]):
+                    return
                 if stop:
                     break
             channel.put(None)
@@ -238,118 +294,24 @@ class TokenLoader:
                 end_soon()
             channel.put(error)
         finally:
-            self._shards.end()
+            gathered.close()
 
-    def _gather_step(self, step: int, t0: int, t1: int) -> list[Batch]:
-        """All micro-batches of this rank's part of one step."""
-        plan = self.plan
-        lo, hi = rank_span(t1 - t0, plan.rank, plan.world_size)
-        _, rows = batch_rows(self.order, t0, t1, lo, hi)
-        size = min(plan.micro_batch, -(-(t1 - t0) // plan.world_size))
-        num_rows = plan.num_micro(t1 - t0) * size
-        # tokens: (num_rows, seq + 1); rows that this rank lacks are padding.
-        tokens = np.empty((num_rows, self._seq_len + 1), self._dtype)
-        tokens[len(rows) :] = 0
-        shard_of, row_in_shard = self.split.locate(rows)
-        open_shard = self._shards.get
-        lens = [
-            open_shard(number).read_row(row, out)
-            for number, row, out in zip(
-                shard_of.tolist(), row_in_shard.tolist(), tokens, strict=False
-            )
-        ]
-        row_splits = np.zeros(num_rows + 1, np.int64)
-        np.cumsum([len(one) for one in lens], out=row_splits[1 : len(rows) + 1])
-        row_splits[len(rows) + 1 :] = row_splits[len(rows)]
-        keys = np.full(num_rows, -1, np.int64)
-        keys[: len(rows)] = rows
-        doc_lens = np.concatenate(lens) if lens else np.empty(0, np.int32)
-        batches = make_batches(tokens, keys, doc_lens, row_splits, size)
-        if self._has_masks:
-            at = zip(shard_of.tolist(), row_in_shard.tolist(), strict=True)
-            mark_trained(batches, [open_shard(number).trained_runs(row) for number, row in at])
-        for batch in batches:
-            batch.step, batch.t0, batch.t1 = step, t0, t1
-        return batches
+    @staticmethod
+    def _gathered_steps(
+        gathered: Channel,
+    ) -> Iterator[tuple[list[Batch], BaseException | None]]:
+        """The micro-batches of one step after the other, or at last what went wrong."""
+        while (found := gathered.get()) is not None:
+            if isinstance(found, BaseException):
+                yield [], found
+            else:
+                yield from ((batches, None) for batches in found)
 
-
-class Agreement:
-    """What all ranks must know of a step, by one int64 all-reduce in the gather thread."""
-
-    def __init__(self, group: torch.distributed.ProcessGroup | None) -> None:
-        self._group = group
-
-    def step(self, targets: int, stop: bool, failure: BaseException | None) -> tuple[int, bool]:
-        """(valid targets on all ranks, whether any rank wants to stop).
-
-        Raises PeerFailed on the ranks that did not fail themselves, if one did.
-        """
-        if self._group is None:
-            return targets, stop
-        code = 0
-        if failure is not None:
-            said = describe(failure)
-            code = said[1] if said else 1
-        sums = torch.tensor([targets, int(stop), int(failure is not None), code])
-        torch.distributed.all_reduce(sums, group=self._group)
-        targets, stops, failures, codes = sums.tolist()
-        if failures and failure is None:
-            raise PeerFailed(f"{failures} other ranks could not read their data", codes // failures)
-        return targets, stops > 0
-
-
-class _Channel:
-    """A bounded queue that either side can close."""
-
-    def __init__(self, capacity: int) -> None:
-        self._items: deque[Any] = deque()
-        self._capacity, self._closed = capacity, False
-        self._begun = -1
-        self._changed = threading.Condition()
-
-    def put(self, item: Any) -> bool:
-        """Wait for room and append; False if the channel was closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)
-            if self._closed:
-                return False
-            self._items.append(item)
-            self._changed.notify_all()
+    def _may_agree(self, batches: list[Batch], channel: Channel) -> bool:
+        """Wait until the step before this one is computed; False where the consumer has left."""
+        if not batches or batches[0].step == self.plan.start_step:
             return True
-
-    def get(self) -> Any:
-        """Wait for an item; None at the end and after close."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._items)
-            if not self._items:
-                return None
-            item = self._items.popleft()
-            self._changed.notify_all()
-            return item
-
-    def begin(self, step: int) -> None:
-        """The consumer has taken the first micro-batch of a step (or a later one)."""
-        with self._changed:
-            if step > self._begun:
-                self._begun = step
-                self._changed.notify_all()
-
-    def wait_begun(self, step: int) -> bool:
-        """Wait until a step has begun; False if the channel was closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._begun >= step)
-            return not self._closed
-
-    def wait_filled(self, timeout_s: float) -> None:
-        """Wait until an item is there, or the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._items, timeout_s)
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._items.clear()
-            self._changed.notify_all()
+        return channel.wait_begun(batches[0].step - 1)
 
 
 def planned_shards(split: SplitTable, order: RowOrder, start_t: int, look_ahead: int) -> list[int]:

@@ -36,8 +36,15 @@ def write_atomic(path: Path | str, data: bytes) -> None:
     try:
         _write_synced(temporary, data)
         os.replace(temporary, path)
-    except BaseException:
+    except IsADirectoryError as error:
         temporary.unlink(missing_ok=True)
+        raise IsADirectoryError(
+            error.errno, "a folder of that name is in the way", str(path)
+        ) from None
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write that found the disk full tells no name
         raise
     sync_folder(path.parent)
 

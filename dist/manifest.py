@@ -153,6 +153,8 @@ class Manifest:
         if version != FORMAT_VERSION:
             raise DataRefused(f"format version {version!r} is not a Leyden manifest's")
         _check_keys("manifest", record, cls)
+        if not isinstance(record["shards"], list):
+            raise DataRefused(f"the manifest's shards are {record['shards']!r:.80}, not a list")
         for number, shard in enumerate(record["shards"]):
             _check_keys(f"shard {number}", shard, Shard)
         try:

@@ -40,12 +40,7 @@ def find_mds(source: Path, column: str, bytes_dtype: str) -> list[SourceFile]:
         raise ConfigError(f"no index.json in {source}; pass the folder that MDSWriter wrote")
     files = []
     for index in indices:
-        try:
-            shards = json.loads(index.read_bytes())["shards"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataRefused(f"{index} is not an index of MDS shards ({error})") from None
-        for shard in shards:
-            _check_kind(index, shard)
+        for shard in _entries(index):
             stored = index.parent / (shard.get("zip_data") or shard["raw_data"])["basename"]
             if stored.parent != index.parent:
                 raise DataRefused(f"{index} names {stored}, which lies outside its folder")
@@ -82,7 +77,7 @@ def read_shard(path: Path, shard: dict[str, Any], column: str, bytes_dtype: str)
         sample = data[offsets[number] : offsets[number + 1]]
         try:
             documents.append(_decode(encoding, _column(sample, sizes, place), bytes_dtype))
-        except (ValueError, IndexError, KeyError) as error:
+        except (ValueError, IndexError, KeyError, TypeError) as error:
             raise DataRefused(f"{path}: sample {number}, column {name!r}: {error}") from None
     yield Block(
         tokens=np.concatenate(documents),
@@ -110,6 +105,40 @@ def token_column(path: Path, shard: dict[str, Any], wanted: str) -> str:
     return str(found[0])
 
 
+def _entries(index: Path) -> list[dict[str, Any]]:
+    """The shards that an index.json lists; DataRefused for what MDSWriter does not write."""
+    try:
+        shards = json.loads(index.read_bytes())["shards"]
+        for shard in shards:
+            _check_kind(index, shard)
+            if not _is_whole(shard):
+                raise ValueError(f"a shard is listed as {str(shard)[:80]}...")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, DataRefused):
+            raise
+        raise DataRefused(
+            f"{index} is not an index of MDS shards ({error}); copy it anew"
+        ) from None
+    return list(shards)
+
+
+def _is_whole(shard: dict[str, Any]) -> bool:
+    """Whether an entry has what is read of it, in its types."""
+    names, encodings, sizes = (
+        shard[key] for key in ("column_names", "column_encodings", "column_sizes")
+    )
+    files = [shard["raw_data"], *([shard["zip_data"]] if shard.get("zip_data") else [])]
+    return (
+        type(shard["samples"]) is int and shard["samples"] >= 0
+        and len(names) == len(encodings) == len(sizes)
+        and all(isinstance(one, str) for one in [*names, *encodings])
+        and all(one is None or (type(one) is int and one >= 0) for one in sizes)
+        and all(isinstance(one["basename"], str) and type(one["bytes"]) is int for one in files)
+        and all(isinstance(one.get("hashes") or {}, dict) for one in files)
+        and isinstance(shard["compression"] if shard.get("zip_data") else "", str)
+    )  # fmt: skip
+
+
 def _check_kind(index: Path, shard: dict[str, Any]) -> None:
     if shard.get("format") != "mds" or shard.get("version") != 2:
         raise DataRefused(
@@ -134,7 +163,7 @@ def _raw_bytes(path: Path, shard: dict[str, Any]) -> bytes:
                 f"{path} has {len(data)} {what}bytes, its index.json says {facts['bytes']}: it "
                 "was cut off or is another file; copy it anew"
             )
-        for name, digest in facts.get("hashes", {}).items():
+        for name, digest in (facts.get("hashes") or {}).items():
             if name in _HASHES and _HASHES[name](data).hexdigest() != digest:
                 raise DataRefused(f"{path} is damaged: its {name} is not {digest}; copy it anew")
     return data
@@ -151,7 +180,10 @@ def _decompress(path: Path, data: bytes, how: str, raw_bytes: int) -> bytes:
             return (gzip if kind == "gz" else bz2).decompress(data)
     except Exception as error:  # each library raises its own class
         raise DataRefused(f"{path} does not decompress ({error}); copy it anew") from None
-    raise SetupError(f"{path} is compressed by {how}; only zstd, gz and bz2 are read here")
+    raise SetupError(
+        f"{path} is compressed by {how}; only zstd, gz and bz2 are read here: write it anew with "
+        "one of them"
+    )
 
 
 def _column(sample: bytes, sizes: list[int | None], place: int) -> bytes:

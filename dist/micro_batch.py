@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist.batch import Batch, make_batches
+from dist.batch import Batch, documents_of, make_batches
 from dist.errors import ConfigError, SetupError
 
 MicroBatch = int | Literal["auto"]
@@ -124,7 +124,8 @@ def full_batch(rows: int, schema: dict[str, Any]) -> Batch:
     width = int(schema["seq_len"]) + 1
     tokens = np.zeros((rows, width), np.dtype(schema["token_dtype"]))
     lens = np.full(rows, width, np.int32)
-    return make_batches(tokens, np.arange(rows), lens, np.arange(rows + 1), rows)[0]
+    documents = documents_of(lens, np.arange(rows + 1), width, rows)
+    return make_batches(tokens, np.arange(rows), documents)[0]
 
 
 def measured_trial(run: Callable[[], None], device: torch.device) -> int | None:

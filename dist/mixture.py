@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist.batch_layout import lane_by_lane
 from dist.errors import ConfigError
 
 I64 = NDArray[np.int64]
@@ -186,65 +185,3 @@ def with_stage(stages: Sequence[Mapping[str, Any]], unit: int, weights: list[int
     counts = Mixture(before).counts_at(unit) if before else []
     counts += [0] * (len(weights) - len(counts))
     return [*before, {"unit": unit, "weights": weights, "counts": counts}]
-
-
-class MixedOrder:
-    """The training order of several sources, over the rows of their tables laid end to end."""
-
-    def __init__(self, mixture: Mixture, orders: Sequence[Any], lanes: int = 1) -> None:
-        """orders: of each source (Order or WindowedOrder); lanes: C, 1 in the global order."""
-        self.mixture, self.orders, self.lanes = mixture, list(orders), lanes
-        sizes = [order.num_rows for order in orders]
-        self.row_offset = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
-        """(sources + 1,) first row of each source."""
-        self.num_rows = int(self.row_offset[-1])
-
-    def rows(self, t0: int, t1: int) -> tuple[I64, I64]:
-        """(epoch of its source, row) of each sample t0 <= t < t1, two (t1 - t0,) arrays."""
-        if not 0 <= t0 <= t1:
-            raise ValueError(f"samples [{t0}, {t1}) do not exist")
-        return self.at(np.arange(t0, t1, dtype=np.int64))
-
-    def at(self, t: I64) -> tuple[I64, I64]:
-        """(epoch of its source, row) of samples t (k,), in any order."""
-        unit, lane = np.divmod(t, np.int64(self.lanes))
-        source, count = self.mixture.at(unit)
-        epoch, row = np.empty_like(source), np.empty_like(source)
-        for s in np.unique(source):
-            here = source == s
-            own = count[here] * self.lanes + lane[here]
-            epoch[here], row[here] = self.orders[s].at(own)
-            row[here] += self.row_offset[s]
-        return epoch, row
-
-    def layout(self, t0: int, t1: int) -> I64:
-        """As WindowedOrder.layout."""
-        t = np.arange(t0, t1, dtype=np.int64)
-        return lane_by_lane(t, t, self.lanes)
-
-    def when(self, source: int, row: int, epoch: int) -> int:
-        """The sample at which a source's row comes in one of its epochs; NEVER if it does not."""
-        rows = np.array([self.row_offset[source] + row])
-        return int(self.positions(rows, epoch)[0])
-
-    def positions(self, rows: NDArray[np.integer], epoch: int) -> I64:
-        """Samples at which rows (k,) come in that epoch of their sources, (k,); or NEVER."""
-        rows = np.asarray(rows, np.int64)
-        source = np.searchsorted(self.row_offset, rows, side="right") - 1
-        found = np.full(len(rows), NEVER, np.int64)
-        for s in np.unique(source):
-            here = source == s
-            own = self.orders[s].positions(rows[here] - self.row_offset[s], epoch)
-            count, lane = np.divmod(own, np.int64(self.lanes))
-            unit = self.mixture.units_of(int(s), count)
-            found[here] = np.where(unit == NEVER, NEVER, unit * self.lanes + lane)
-        return found
-
-    def live_shards(self, t: int, lanes: Any = None) -> I64:
-        """As WindowedOrder.live_shards, by number in the sources' tables laid end to end."""
-        counts = self.mixture.counts_at(t // self.lanes)
-        live, offset = [np.empty(0, np.int64)], 0
-        for order, count in zip(self.orders, counts, strict=True):
-            live.append(offset + order.live_shards(count * self.lanes, lanes))
-            offset += len(order.row_start) - 1
-        return np.concatenate(live)

@@ -7,41 +7,33 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from dist.batch_layout import batch_rows
+from dist.batch_layout import RowsAhead, Steps
 from dist.cache import Lease, NodeCache
 from dist.cache_folder import in_words
 from dist.dataset import Dataset, SplitTable
 from dist.errors import LeydenError
-from dist.order import rank_span
+from dist.open_files import most_shard_files
+from dist.order_choice import network_file_system
 from dist.transfer import untested_note
 from dist.verify import ShardVerifier
 
-MAX_OPEN_SHARDS = 512
+MAX_OPEN_SHARDS = 4096
+"""Opening a shard takes some 0.3 ms and 0.1 MB; in a global order each row may lie in another."""
 STEPS_AHEAD = 64
 SHARDS_AHEAD = 8
 FETCHES_AT_ONCE = 4
 _LOOK_S = 0.2
 
 
-class Steps(Protocol):
-    """What of a loader's plan says which rows a rank takes: LoaderPlan."""
-
-    rank: int
-    world_size: int
-
-    def steps(self) -> Iterator[tuple[int, int, int]]: ...
-
-
-def shards_of_steps(split: SplitTable, order: Any, plan: Any) -> Iterator[tuple[int, list[int]]]:
+def shards_of_steps(split: SplitTable, order: Any, plan: Steps) -> Iterator[tuple[int, list[int]]]:
     """(step, numbers of the shards that this rank reads in it) of each step of a plan."""
-    for step, t0, t1 in plan.steps():
-        lo, hi = rank_span(t1 - t0, plan.rank, plan.world_size)
-        _, rows = batch_rows(order, t0, t1, lo, hi)
-        yield step, np.unique(split.locate(rows)[0]).tolist()
+    ahead = RowsAhead(order, plan)
+    while steps := ahead.take(1):
+        yield steps[0].step, np.unique(split.locate(steps[0].rows)[0]).tolist()
 
 
 def remote_notes(dataset: Dataset, order: str = "global") -> list[str]:
@@ -55,6 +47,11 @@ def remote_notes(dataset: Dataset, order: str = "global") -> list[str]:
         f"data: {len(shards)} shards, {in_words(total)}, from {url} through the cache "
         f"{folder.path} of at most {in_words(limit)}"
     ]
+    if shared := network_file_system(folder.path):
+        notes.append(
+            f"warning: that cache lies on {shared}, which other nodes share: each would hash the "
+            "others' copies again and again; set data.cache_dir to a disk of the node"
+        )
     if order == "global":
         again = ""
         if total > limit:
@@ -83,10 +80,12 @@ class OpenShards:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._ahead: ShardsAhead | None = None
+        # A map keeps its file open, and another loader may have as many.
+        self._most_open = min(MAX_OPEN_SHARDS, max(8, most_shard_files() // 3))
 
     def get(self, number: int) -> Any:
         """A shard, mapped; waits for its bytes where they are not there yet."""
-        found = self._open.get(number)  # without the lock: this runs once a row
+        found = self._open.get(number)
         if found is not None:
             try:
                 self._open.move_to_end(number)
@@ -103,9 +102,31 @@ class OpenShards:
         mapped = self._split.open_shard(number, path)
         with self._lock:
             self._open[number] = (mapped, lease)
-        if len(self._open) > MAX_OPEN_SHARDS:
+        if len(self._open) > self._most_open:
             self._close_coldest()
         return mapped
+
+    def groups(self, numbers: list[int]) -> Iterator[list[Any]]:
+        """Shards in order, mapped, as many at a time as may be open; each group is to be dropped
+        before the next is asked for, since a map keeps the disk's space of what was evicted."""
+        group: list[Any] = []
+        size = 0
+        for number in numbers:
+            more = self._split.shards[number].bytes
+            if group and (len(group) == self._most_open or not self._may_open(size + more)):
+                yield group
+                group, size = [], 0
+            group.append(self.get(number))
+            size += more
+        yield group
+
+    def _may_open(self, num_bytes: int) -> bool:
+        return not self._dataset.is_remote or num_bytes <= self._dataset.cache.share_bytes // 2
+
+    def are_here(self, numbers: list[int]) -> bool:
+        """Whether remote shards are open, or were fetched ahead."""
+        ahead = self._ahead
+        return all(n in self._open or (ahead is not None and ahead.has(n)) for n in numbers)
 
     def begin(self, order: Any, plan: Any) -> None:
         """Fetch ahead along a plan; nothing where shards are local or it has begun."""
@@ -153,11 +174,9 @@ class OpenShards:
         with self._lock:
             if not self._open:
                 return False
-            _, (mapped, lease) = self._open.popitem(last=False)
-        if lease is None:
-            mapped.close()
-        else:
-            # Another thread may read a row of it now: its own reference keeps the map alive.
+            _, (_, lease) = self._open.popitem(last=False)
+        # Whoever reads a row of it now, or is about to, keeps the map alive by a reference.
+        if lease is not None:
             lease.release()
         return True
 
@@ -198,6 +217,10 @@ class ShardsAhead:
         for lease in leases:
             lease.release()
 
+    def has(self, number: int) -> bool:
+        """Whether a shard is pinned now."""
+        return number in self._pins
+
     def give_back(self) -> bool:
         """Let go of the pin that is needed last; False if there is none."""
         with self._changed:
@@ -235,18 +258,17 @@ class ShardsAhead:
         """Start to fetch a shard for a step as soon as it may be; False after a stop."""
         size = self._split.shards[number].bytes
         while not self._stop.is_set():
+            with self._changed:
+                if step < self._at(first):
+                    return True
+                if number in self._pins or number in self._under_way:
+                    self._last_step[number] = step
+                    return True
             # The share shrinks when another process comes, and the reader may sit in an all-reduce
             # with a rank that waits for room.
             self._cache.keep_to_share()
             with self._changed:
-                at = self._reached if self._reached is not None else first
-                if step < at:
-                    return True
-                known = number in self._pins or number in self._under_way
-                if known:
-                    self._last_step[number] = step
-                    return True
-                near = step <= at + STEPS_AHEAD or len(self._last_step) < SHARDS_AHEAD
+                near = step <= self._at(first) + STEPS_AHEAD or len(self._last_step) < SHARDS_AHEAD
                 if near and len(self._under_way) < FETCHES_AT_ONCE:
                     room = self._cache.share_bytes - self._largest - size
                     if self._cache.held_bytes + self._begun_bytes() <= room:
@@ -262,6 +284,10 @@ class ShardsAhead:
         except RuntimeError:  # closed meanwhile
             return False
         return True
+
+    def _at(self, first: int) -> int:
+        """The step that is read now; `first` before any is."""
+        return self._reached if self._reached is not None else first
 
     def _begun_bytes(self) -> int:
         """What is about to be fetched and does not count as held yet."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,11 @@ ALGORITHM_VERSION = 1
 ROUNDS = 6
 MODES = ("global", "windowed")
 U64 = NDArray[np.uint64]
+# Numbers that stand beside arrays are arrays of no dimension: numpy makes one of any other at
+# each call, which takes it as long as the work on a hundred of them.
+_SHIFT = np.array(33, np.uint64)
+_FIRST_FACTOR = np.array(0xFF51AFD7ED558CCD, np.uint64)
+_SECOND_FACTOR = np.array(0xC4CEB9FE1A85EC53, np.uint64)
 
 
 def derive_key(seed: int, epoch: int, source: int, purpose: str) -> U64:
@@ -35,36 +41,71 @@ def derive_key(seed: int, epoch: int, source: int, purpose: str) -> U64:
 
 def _mix(x: U64) -> U64:
     """murmur3's 64-bit finaliser; arithmetic wraps."""
-    x = x ^ (x >> np.uint64(33))
-    x = x * np.uint64(0xFF51AFD7ED558CCD)
-    x = x ^ (x >> np.uint64(33))
-    x = x * np.uint64(0xC4CEB9FE1A85EC53)
-    return x ^ (x >> np.uint64(33))
+    x = x.copy()
+    _mix_in_place(x, np.empty_like(x))
+    return x
 
 
-def _halves(n: int) -> tuple[np.uint64, np.uint64]:
+def _mix_in_place(x: U64, spare: U64) -> None:
+    """`_mix` into x itself; spare: an array of its shape that is overwritten."""
+    np.right_shift(x, _SHIFT, out=spare)
+    np.bitwise_xor(x, spare, out=x)
+    np.multiply(x, _FIRST_FACTOR, out=x)
+    np.right_shift(x, _SHIFT, out=spare)
+    np.bitwise_xor(x, spare, out=x)
+    np.multiply(x, _SECOND_FACTOR, out=x)
+    np.right_shift(x, _SHIFT, out=spare)
+    np.bitwise_xor(x, spare, out=x)
+
+
+def _halves(n: int) -> tuple[U64, U64]:
     a = math.isqrt(n - 1) + 1  # ceil(sqrt(n))
-    return np.uint64(a), np.uint64(-(-n // a))
+    return np.array(a, np.uint64), np.array(-(-n // a), np.uint64)
 
 
-def _encrypt(x: U64, a: np.uint64, b: np.uint64, key: U64) -> U64:
-    right, left = np.divmod(x, a)  # x = right * a + left; left < a, right < b
-    for number, round_key in enumerate(key):
-        if number % 2 == 0:
-            left = (left + _mix(right ^ round_key) % a) % a
-        else:
-            right = (right + _mix(left ^ round_key) % b) % b
-    return right * a + left
+def _hash_below(half: U64, key: U64, n: U64, found: U64, spare: U64) -> None:
+    """Hash a half with a round's key into `found`, modulo n.
+
+    numpy divides uint64 by a scalar with SIMD instructions, but takes remainders one by one: the
+    quotient, a product and a difference are three times as fast as `%`.
+    """
+    np.bitwise_xor(half, key, out=found)
+    _mix_in_place(found, spare)
+    np.floor_divide(found, n, out=spare)
+    np.multiply(spare, n, out=spare)
+    np.subtract(found, spare, out=found)
 
 
-def _decrypt(x: U64, a: np.uint64, b: np.uint64, key: U64) -> U64:
-    right, left = np.divmod(x, a)
+def _encrypt(x: U64, a: U64, b: U64, key: U64) -> U64:
+    right = x // a  # x = right * a + left; left < a, right < b
+    left = x - right * a
+    found, spare = np.empty_like(x), np.empty_like(x)
+    for number in range(len(key)):
+        half, other, n = (left, right, a) if number % 2 == 0 else (right, left, b)
+        _hash_below(other, key[number, ...], n, found, spare)
+        # half + found < 2n: of it and it - n, which wraps below n, the smaller is the remainder.
+        np.add(half, found, out=half)
+        np.subtract(half, n, out=spare)
+        np.minimum(half, spare, out=half)
+    right *= a
+    right += left
+    return right
+
+
+def _decrypt(x: U64, a: U64, b: U64, key: U64) -> U64:
+    right = x // a
+    left = x - right * a
+    found, spare = np.empty_like(x), np.empty_like(x)
     for number in reversed(range(len(key))):
-        if number % 2 == 0:
-            left = (left + a - _mix(right ^ key[number]) % a) % a
-        else:
-            right = (right + b - _mix(left ^ key[number]) % b) % b
-    return right * a + left
+        half, other, n = (left, right, a) if number % 2 == 0 else (right, left, b)
+        _hash_below(other, key[number, ...], n, found, spare)
+        # half - found wraps where it is negative; n added then wraps back, else it only grows.
+        np.subtract(half, found, out=half)
+        np.add(half, n, out=spare)
+        np.minimum(half, spare, out=half)
+    right *= a
+    right += left
+    return right
 
 
 def _walk(step: Any, x: NDArray[np.integer], n: int, key: U64) -> NDArray[np.int64]:
@@ -93,6 +134,15 @@ def permute_inverse(row: NDArray[np.integer], n: int, key: U64) -> NDArray[np.in
     return _walk(_decrypt, row, n, key)
 
 
+def each_value(values: NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
+    """Each of a few values, such as epochs, and where in (k,) it stands."""
+    if len(values) and (values == values[0]).all():  # nearly always; np.unique would sort them
+        yield int(values[0]), slice(None)
+    else:
+        for value in np.unique(values):
+            yield int(value), values == value
+
+
 class Order:
     """The training order of one source of `num_rows` rows (mode `global`)."""
 
@@ -111,9 +161,8 @@ class Order:
         """(epoch, row) of samples t (k,), in any order."""
         epoch, position = np.divmod(t, self.num_rows)
         row = np.empty_like(position)
-        for e in np.unique(epoch):
-            here = epoch == e
-            row[here] = permute(position[here], self.num_rows, self._key(int(e)))
+        for e, here in each_value(epoch):
+            row[here] = permute(position[here], self.num_rows, self._key(e))
         return epoch, row
 
     def when(self, row: int, epoch: int) -> int:

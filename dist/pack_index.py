@@ -42,6 +42,26 @@ class PackIndex:
         row[self.examples] = np.repeat(np.arange(self.num_rows), np.diff(self.row_splits))
         return row[examples]
 
+    def without(self, examples: NDArray[np.integer]) -> tuple[PackIndex, I64]:
+        """(the index of a shard that lacks these examples, rows that are gone, ascending).
+
+        The rows that stay hold what they held. ValueError if one would lose some of it only.
+        """
+        gone = np.zeros(len(self.examples), bool)
+        gone[examples] = True
+        sizes = np.diff(self.row_splits)
+        row = np.repeat(np.arange(self.num_rows), sizes)
+        lost = np.bincount(row[gone[self.examples]], minlength=self.num_rows)
+        torn = np.flatnonzero((lost > 0) & (lost < sizes))
+        if len(torn):
+            raise ValueError(f"row {torn[0]} would lose {lost[torn[0]]} of {sizes[torn[0]]}")
+        number = np.cumsum(~gone) - 1
+        kept = PackIndex(
+            examples=number[self.examples[~gone[self.examples]]].astype(np.int32),
+            row_splits=np.concatenate(([0], np.cumsum(sizes[lost == 0]))).astype(np.int64),
+        )
+        return kept, np.flatnonzero(lost)
+
 
 def one_a_row(num_examples: int) -> PackIndex:
     """The index of padded rows: each example alone."""

@@ -81,15 +81,14 @@ class Progress:
             self._print("")
 
     def _amount(self) -> str:
-        done = (
-            f"{self._done:,.0f}"
-            if self._done >= 100 or self._done % 1 == 0
-            else f"{self._done:.1f}"
-        )
+        total = self._total or 0.0
+        large = max(self._done, total) >= 100
+        digits = 0 if large or (self._done % 1 == 0 and total % 1 == 0) else 1
         unit = f" {self._unit}" if self._unit else ""
-        if not self._total:
-            return f"{done}{unit}"
-        return f"{done}/{self._total:,.0f}{unit} ({100 * self._done / self._total:.0f} %)"
+        if not total:
+            return f"{self._done:,.{digits}f}{unit}"
+        share = 100 * self._done / total
+        return f"{self._done:,.{digits}f}/{total:,.{digits}f}{unit} ({share:.0f} %)"
 
     def _print(self, end: str) -> None:
         elapsed_s = time.monotonic() - self._started

@@ -296,7 +296,7 @@ def _goodput(facts: Facts) -> str:
 def _lineage(facts: Facts) -> str:
     data, made = facts.data, facts.provenance
     facts_of_data: list[tuple[str, Any]] = [
-        ("data", facts.identity.get("data")),
+        ("data", "the sources below" if facts.by_source else facts.identity.get("data")),
         ("data digest", facts.identity.get("data_digest")),
     ]
     if data is None:
@@ -329,7 +329,10 @@ def _lineage(facts: Facts) -> str:
     seen = f"{facts.samples:,} rows" + (f", {facts.epochs:.3f} epochs" if facts.epochs else "")
     facts_of_data.append(("consumed", seen))
     facts_of_data += [
-        (f"source {name}", f"{rows:,} rows consumed, {epochs:.3f} epochs of it")
+        (
+            f"source {name}",
+            f"{rows:,} rows consumed, {epochs:.3f} epochs of it; {facts.versions[name]}",
+        )
         for name, rows, epochs in facts.by_source
     ]
     listed = [_input_name(one) for one in (made.get("inputs") or [])]

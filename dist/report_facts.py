@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from dist.dataset import Dataset, MixedDataset, first_rows
+from dist.dataset import Dataset, MixedDataset
 from dist.errors import LeydenError
 from dist.lease import holder_gone
+from dist.mixed_order import MixedOrder
 from dist.run_dir import RunDir
 from dist.run_history import (
     History,
@@ -26,8 +27,6 @@ from dist.run_history import (
     read_json,
     read_segments,
 )
-from dist.skips import Skips
-from dist.sources import counts_of
 
 DATA_BOUND_SHARE = 0.05
 Line = dict[str, Any]
@@ -96,6 +95,8 @@ class Facts:
     epochs: float | None
     baselines: dict[str, float]
     by_source: list[tuple[str, int, float]]
+    versions: dict[str, str]
+    """Of each source of a mixture: the version it began with, and the one it is on."""
     """(name, rows consumed, epochs) of each source of a mixture."""
     data: Dataset | None
     data_problem: str
@@ -169,6 +170,7 @@ def read_facts(run: RunDir) -> Facts:
         samples=samples,
         tokens=samples * int(data.schema["seq_len"]) if data else None,
         epochs=samples / num_rows if num_rows and not by_source else None, by_source=by_source,
+        versions=_versions(run, identity) if by_source else {},
         baselines=_baselines(run), data=data, data_problem=problem, provenance=provenance,
         problems=problems,
     )  # fmt: skip
@@ -177,16 +179,37 @@ def read_facts(run: RunDir) -> Facts:
 def _by_source(
     data: Dataset | None, history: History, samples: int
 ) -> list[tuple[str, int, float]]:
+    from dist.audit import order_of_segment
+
     last = history.segments[-1]
     if not isinstance(data, MixedDataset) or not last.stages:
         return []
-    end = int(Skips(last.skipped).to_stream(np.array([samples]))[0])
-    counts = counts_of(list(last.stages), end, last.mode.lanes)
-    rows = np.diff(first_rows(data, "train")).tolist()
+    order = order_of_segment(data, last)
+    mixed: MixedOrder = order.stream
+    end = int(order.skips.to_stream(np.array([samples]))[0])
+    begun = mixed.own_counts(end)
+    gone = [np.arange(p0, min(p1, end)) for p0, p1 in order.skips.ranges if p0 < end]
+    rolled_back = np.bincount(
+        mixed.own_places(np.concatenate([np.empty(0, np.int64), *gone]))[0], minlength=len(begun)
+    )
+    # Removed rows make epochs shorter: how far a source is, its own stream says.
     return [
-        (name, count, count / size)
-        for name, count, size in zip(data.names, counts, rows, strict=False)
+        (name, count - int(rolled_back[s]), mixed.own_position(s, count) / mixed.stream_rows(s))
+        for s, (name, count) in enumerate(zip(data.names, begun, strict=False))
     ]
+
+
+def _versions(run: RunDir, identity: Line) -> dict[str, str]:
+    from dist.source_versions import MIXTURE, first_reference, known_sources, removed_of
+
+    lines = run.read_lines(MIXTURE)
+    gone = removed_of(lines[-1]["stages"]) if lines else {}
+    found = {}
+    for number, one in enumerate(known_sources(run, identity)):
+        found[one["name"]] = first_reference(one)
+        if "first" in one:
+            found[one["name"]] += f", then {one['data']} without {len(gone[number]):,} of its rows"
+    return found
 
 
 def verdict(facts: Facts) -> str:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from dist.audit import ReplayedRow
 from dist.batch import Batch
-from dist.bundle import BUNDLE_JSON, rows_of_step, write_bundle
+from dist.bundle import BUNDLE_JSON, kept_facts, rows_of_step, write_bundle
 from dist.checkpoint_callback import Checkpoints
 from dist.dataset import Dataset
 from dist.errors import LeydenError
@@ -197,6 +197,7 @@ class RunGuard(Callback):
             "grad_norm": _plain(bad.grad_norm), "loss_limit": _plain(bad.loss_limit),
             "grad_norm_limit": _plain(bad.grad_norm_limit), "ranks": ranks,
             "seed": self._config.seed, "weights_of_step": self._recorder.order.step,
+            **kept_facts(self._dataset),
         }  # fmt: skip
         try:
             folder = write_bundle(

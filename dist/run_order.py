@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist.dataset import Dataset, open_dataset
-from dist.mixture import MixedOrder, Mixture
+from dist.dataset import Dataset, MixedDataset
+from dist.examples import rows_as_trained
+from dist.mixed_order import MixedOrder
+from dist.mixture import Mixture
 from dist.order_choice import check_mode, choose_mode, room_text, spread_text
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
+from dist.source_versions import first_tables, removals_of
+from dist.stages import DerivedOrder, first_dataset
+from dist.thinned_order import ThinnedOrder
 from dist.windowed import OrderMode, make_order
 
 
@@ -68,20 +74,32 @@ def first_order(run: RunDir, dataset: Dataset, seed: int, state: Any, num_remove
     """
     mode = OrderMode() if state is None else OrderMode.of(state)
     if stages := list(getattr(state, "stages", ())):
-        return mixed_order(dataset, seed, mode, stages)
+        assert isinstance(dataset, MixedDataset), "stages are of several sources"
+        tables = first_tables(run, run.read_run(), dataset)
+        return mixed_order(tables, seed, mode, stages, derived=True)
     return make_order(_first_rows(run, dataset, mode, num_removed), seed, mode)
 
 
 def mixed_order(
-    dataset: Dataset, seed: int, mode: OrderMode, stages: list[dict[str, Any]]
-) -> MixedOrder:
-    """The order of a mixture; sources that the stages do not know are of later ones."""
-    mixture, orders = Mixture(stages), []
-    for number, source in enumerate(dataset.sources[: mixture.num_sources]):
+    tables: Sequence[NDArray[np.int64]], seed: int, mode: OrderMode, stages: list[dict[str, Any]],
+    *, derived: bool = False,
+) -> MixedOrder:  # fmt: skip
+    """The order of a mixture; sources that the stages do not know are of later ones.
+
+    tables: row_start of the first version of each source. derived: rows are numbered as in the
+    versions of now, without removed ones, which must not come any more; else as in the first.
+    """
+    mixture, removals, orders = Mixture(stages), removals_of(stages), []
+    for number, table in enumerate(tables[: mixture.num_sources]):
         own = mode
         if mode.mode != "global":
             own = replace(mode, block_rows=stages[-1]["blocks"][number])
-        orders.append(make_order(source.split("train").row_start, seed, own, number))
+        order = make_order(table, seed, own, number)
+        if number in removals:
+            order = ThinnedOrder(order, removals[number])
+            if derived:
+                order = DerivedOrder(order, order.removed.tolist())
+        orders.append(order)
     return MixedOrder(mixture, orders, max(mode.lanes, 1))
 
 
@@ -96,5 +114,5 @@ def _first_rows(
         return np.array([0, table[-1] + num_removed])
     identity = run.read_run()
     assert identity is not None, "rows are removed from a run that there is"
-    first = open_dataset(f"{dataset.storage.url}@{identity['data_digest']}")
-    return first.split("train").row_start
+    first = first_dataset(run, identity, dataset.storage.url)
+    return rows_as_trained(first, identity.get("config") or {}).split("train").row_start

@@ -11,7 +11,9 @@ fewer), the footer holds one xxh3-64 a record batch. Equal rows give equal bytes
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,15 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from dist.arrow_view import numpy_view
+from dist.batch_hashes import FOOTER_KEY
 from dist.errors import DataRefused
 from dist.packing import PackedRows
+from dist.row_gather import BatchPlaces, GatheredRows, gather_rows
 
 FORMAT = "leyden.packed_tokens.v1"
 MAX_BATCH_BYTES = 4 << 20
-_FOOTER_KEY = b"leyden.batch_xxh3_64"
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +110,7 @@ def write_batches(path: Path, schema: pa.Schema, batches: list[pa.RecordBatch]) 
     """Write record batches as a shard file of any kind, their hashes in its footer."""
     hashes = [xxhash.xxh3_64_hexdigest(batch.serialize()) for batch in batches]
     sink = _HashingFile(path)
-    footer = {_FOOTER_KEY: json.dumps(hashes).encode()}
+    footer = {FOOTER_KEY: json.dumps(hashes).encode()}
     try:
         with pa.ipc.new_file(pa.PythonFile(sink, "w"), schema, metadata=footer) as out:
             for batch in batches:
@@ -214,67 +218,34 @@ def open_shard_file(path: Path, expected: str) -> tuple[Any, Any, dict[str, str]
     return mapped, reader, facts
 
 
-def bad_batches(path: Path | str) -> list[int]:
-    """Numbers of a shard file's record batches whose bytes differ from their footer hash."""
-    with pa.memory_map(str(path), "r") as mapped:
-        reader = pa.ipc.open_file(mapped)
-        stored = json.loads((reader.metadata or {}).get(_FOOTER_KEY, b"[]"))
-        found = [
-            xxhash.xxh3_64_hexdigest(reader.get_batch(i).serialize())
-            for i in range(reader.num_record_batches)
-        ]
-    if len(stored) != len(found):
-        return list(range(len(found)))
-    return [i for i, (a, b) in enumerate(zip(stored, found, strict=True)) if a != b]
-
-
 class PackedShard:
-    """A shard mapped into memory; rows are numpy views of the page cache."""
+    """A shard mapped into memory; a record batch is looked at when a row of it is asked for."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._map, self._reader, facts = open_shard_file(self.path, FORMAT)
+        _, reader, facts = open_shard_file(self.path, FORMAT)  # the reader keeps the map
         self.metadata = facts
         self.seq_len = int(facts["seq_len"])
-        self._batches = [self._reader.get_batch(i) for i in range(self._reader.num_record_batches)]
-        self._rows_per_batch = self._batches[0].num_rows
-        self.num_rows = sum(batch.num_rows for batch in self._batches)
-        # Per batch (rows, seq_len + 1), zero-copy.
-        self._tokens = [self._token_view(batch) for batch in self._batches]
-        self._lists: dict[tuple[int, str], tuple[NDArray[np.int32], NDArray[Any]]] = {}
+        self.dtype = np.dtype(facts["token_dtype"])
+        self._get_batch: Callable[[int], pa.RecordBatch] = functools.cache(reader.get_batch)
+        self.places = BatchPlaces(self._get_batch, reader.num_record_batches)
+        """For gather_rows."""
+        self.num_rows = self.places.num_rows
 
-    def _token_view(self, batch: pa.RecordBatch) -> NDArray[np.unsignedinteger]:
-        return batch.column(0).values.to_numpy(zero_copy_only=True).reshape(-1, self.seq_len + 1)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self._tokens[0].dtype
-
-    def gather(self, rows: NDArray[np.integer], out: NDArray[np.unsignedinteger]) -> None:
-        """Copy the tokens of `rows` (k,) into `out` (k, seq_len + 1)."""
-        batch, local = np.divmod(np.asarray(rows, np.int64), self._rows_per_batch)
-        for position, (b, i) in enumerate(zip(batch.tolist(), local.tolist(), strict=True)):
-            out[position] = self._tokens[b][i]
-
-    def read_row(self, row: int, out: NDArray[np.unsignedinteger]) -> NDArray[np.int32]:
-        """Copy one row's tokens into `out` (seq_len + 1,) and return its piece lengths, a view."""
-        batch, local = divmod(row, self._rows_per_batch)
-        out[:] = self._tokens[batch][local]
-        offsets, values = self._list_views(batch, "doc_lens")
-        return values[offsets[local] : offsets[local + 1]]
+    def gather(self, rows: NDArray[np.integer]) -> GatheredRows:
+        """Copies of `rows` (k,)."""
+        wanted: NDArray[np.int64] = np.asarray(rows, np.int64)
+        which = np.zeros_like(wanted)
+        return gather_rows([self.places], which, wanted, self.seq_len + 1, self.dtype)
 
     def tokens(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
-        """Tokens of rows start to stop, (stop - start, seq_len + 1); a copy across batches."""
-        out = np.empty((stop - start, self.seq_len + 1), self.dtype)
-        self.gather(np.arange(start, stop), out)
-        return out
+        """A copy of the tokens of rows start to stop, (stop - start, seq_len + 1)."""
+        return self.gather(np.arange(start, stop)).tokens
 
     def doc_lens(self, rows: NDArray[np.integer]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Piece lengths of `rows` (k,): flat (pieces,) and row_splits (k + 1,)."""
-        parts = [self._list_cell("doc_lens", row) for row in np.asarray(rows).tolist()]
-        splits = np.zeros(len(parts) + 1, np.int64)
-        np.cumsum([len(part) for part in parts], out=splits[1:])
-        return np.concatenate(parts) if parts else np.empty(0, np.int32), splits
+        found = self.gather(rows)
+        return found.lengths, found.row_splits
 
     def lineage(self, row: int) -> list[tuple[int, int, int]]:
         """(input index, document offset, tokens) of each piece of a row."""
@@ -282,30 +253,25 @@ class PackedShard:
         return list(zip(*(cell.tolist() for cell in cells), strict=True))
 
     def close(self) -> None:
-        """Drop the map; views handed out keep it alive until they are gone."""
-        self._tokens, self._batches, self._lists = [], [], {}
-        self._map.close()
+        """Let go of the map; it stays for whoever holds `places`, until they are gone."""
+        del self._get_batch, self.places
 
     def _list_cell(self, name: str, row: int) -> NDArray[Any]:
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} of {self.num_rows} in {self.path}")
-        batch, local = divmod(row, self._rows_per_batch)
-        offsets, values = self._list_views(batch, name)
-        return values[offsets[local] : offsets[local + 1]]
-
-    def _list_views(self, batch: int, name: str) -> tuple[NDArray[np.int32], NDArray[Any]]:
-        views = self._lists.get((batch, name))
-        if views is None:
-            column = self._batches[batch].column(name)
-            views = (column.offsets.to_numpy(), column.values.to_numpy())
-            self._lists[batch, name] = views
-        return views
+        batch, local = divmod(row, self.places.rows_per_batch)
+        column = self._get_batch(batch).column(name)
+        offsets = numpy_view(column.offsets)
+        return numpy_view(column.values)[offsets[local] : offsets[local + 1]]
 
 
 def file_digest(path: Path | str) -> str:
     """xxh3-128 (hex) of a whole file."""
     digest = xxhash.xxh3_128()
+    # One buffer that stays in the CPU's cache: new memory for every chunk costs more than hashing.
+    # No map: a disk error or a file cut meanwhile is an OSError here, and would be a SIGBUS there.
+    chunk = memoryview(bytearray(_CHUNK_BYTES))
     with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
+        while count := file.readinto(chunk):
+            digest.update(chunk[:count])
     return digest.hexdigest()

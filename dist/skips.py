@@ -99,7 +99,10 @@ class SkippingOrder:
     def layout(self, t0: int, t1: int) -> I64:
         """See WindowedOrder: lanes are those of the stream, so a gap moves no lane to a rank."""
         t = np.arange(t0, t1, dtype=np.int64)
-        return lane_by_lane(t, self.skips.to_stream(t), self.lanes)
+        p = self.skips.to_stream(t)
+        if hasattr(self.stream, "lane_places"):  # of a mixture: each source has its own stream
+            p = self.stream.lane_places(p)
+        return lane_by_lane(t, p, self.lanes)
 
     def live_shards(self, t: int, lanes: Any = None) -> I64:
         """As WindowedOrder.live_shards; the global order has none, as all its shards are live."""

@@ -9,6 +9,7 @@ dataset that the run began with, here `first`; the derived shards' numbers follo
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from dist.cache import CacheConfig
 from dist.data_pin import is_pin
 from dist.dataset import Dataset, open_dataset
 from dist.errors import ConfigError, DataRefused
+from dist.examples import as_rows, keep_rows, records_of_rows, rows_as_trained, rows_of_records
 from dist.manifest import parse_reference
 from dist.order import Order
 from dist.run_dir import RunDir
@@ -66,8 +68,8 @@ class Stages:
 class DerivedOrder:
     """An order over the first dataset's rows, renumbered for a derived one without `removed`."""
 
-    def __init__(self, order: Any, removed: list[int]) -> None:
-        """order: a SkippingOrder; removed: ascending."""
+    def __init__(self, order: Any, removed: Sequence[int]) -> None:
+        """order: a SkippingOrder, or of a mixture's source a ThinnedOrder; removed: ascending."""
         self._order, self._removed = order, np.array(removed, np.int64)
         self.num_rows = order.num_rows - len(removed)
         self.lanes: int = getattr(order, "lanes", 1)
@@ -94,13 +96,23 @@ class DerivedOrder:
         live = self._order.live_shards(t, lanes)
         return (np.cumsum(kept) - 1)[live[kept[live]]]
 
+    def to_stream(self, t: I64) -> I64:
+        """As ThinnedOrder.to_stream, of a mixture's source."""
+        return self._order.to_stream(t)
+
+    @property
+    def row_start(self) -> I64:
+        """Of the derived dataset's shards, (shards + 1,)."""
+        table = self._order.stream.row_start
+        return np.unique(table - np.searchsorted(self._removed, table))
+
     def _renumbered(self, epoch: I64, rows: I64) -> tuple[I64, I64]:
         before = np.searchsorted(self._removed, rows)
         met = before < len(self._removed)
         if met.any() and (self._removed[before[met]] == rows[met]).any():
             raise DataRefused(
-                "the order holds a removed row: stages.jsonl or guard/skipped.jsonl of the run "
-                "was edited, or the run was made longer without a restart"
+                "the order holds a removed row: stages.jsonl, mixture.jsonl or guard/skipped.jsonl "
+                "of the run was edited, or the run was made longer without a restart"
             )
         return epoch, rows - before
 
@@ -134,20 +146,54 @@ def begin_stage(run: RunDir, identity: dict[str, Any], target: str, t: int, skip
             f"{run.path} trains on, {current[:12]} (its parent: {record.get('parent')}); only "
             "such a version can be switched to"
         )
-    asked = identity.get("config", {}).get("data", {}).get("packing", "packed")
-    if dataset.manifest.kind == "examples" and asked == "packed":
-        raise ConfigError(
-            f"the run {run.path} packs examples into rows, and without some of them it would pack "
-            f"others: it cannot go on in its order. Begin a run with --data.url {target}; runs "
-            "with data.packing padded can be switched"
-        )
     removed = first_numbers(record["removed"]["rows"], stages.removed)
+    if dataset.manifest.kind == "examples":
+        # Of packed examples, records of the files are not rows.
+        first = first_dataset(run, identity, dataset.storage.url)
+        split = rows_as_trained(first, identity.get("config") or {}).split("train")
+        gone = records_of_rows(split, stages.removed)
+        records = first_numbers(record["removed"]["rows"], gone)
+        try:
+            removed = rows_of_records(split, records)
+        except ValueError as error:
+            raise ConfigError(
+                f"{dataset.reference} lacks some examples only of a row that the run {run.path} "
+                f"packs them into ({error}): it was derived for rows of another data.packing or "
+                f"data.seq_len. Begin a run with --data.url {target}, or derive a version from a "
+                "bundle of this run"
+            ) from None
     run.append(
         STAGES,
         {"t": t, "position": position, "data": dataset.reference, "removed": removed,
          "data_digest": dataset.data_digest, "parent": current},
     )  # fmt: skip
     return read_stages(run)
+
+
+def first_dataset(run: RunDir, identity: dict[str, Any], near: str = "") -> Dataset:
+    """The version that a run on one dataset began with: where it was, or beside the newest one."""
+    place, _, digest = str(identity["data"]).rpartition("@")
+    for url in (place, near):
+        try:
+            return open_dataset(f"{url}@{digest}")
+        except (ConfigError, DataRefused) as error:
+            said = error
+    raise DataRefused(
+        f"the run {run.path} began with {identity['data']}, which cannot be opened: {said}; its "
+        "order needs that version's manifest (of examples also lengths/), so bring it back"
+    )
+
+
+def rows_of_run(run: RunDir, dataset: Dataset, data: Any) -> Dataset:
+    """The newest version that a run switched to, or its only one, as the rows that it trains on.
+
+    data: the config's packing and seq_len. Packed rows are those that the run began with.
+    """
+    made = as_rows(dataset, data.packing, data.seq_len)
+    removed, identity = read_stages(run).removed, run.read_run()
+    if not removed or identity is None or dataset.manifest.kind != "examples":
+        return made
+    return keep_rows(made, first_dataset(run, identity, dataset.storage.url), removed)
 
 
 def first_numbers(rows: list[int], removed: list[int]) -> list[int]:

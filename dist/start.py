@@ -16,25 +16,28 @@ from dist.config import config_digest, to_yaml
 from dist.dataset import Dataset, MixedDataset
 from dist.drain import clear_request, end_soon, lost_peer
 from dist.errors import ConfigError, DataRefused, SetupError, describe
-from dist.examples import ExampleDataset, Packing, as_rows
+from dist.examples import ExampleDataset, Packing
 from dist.folder_files import files_of
+from dist.mixed_skips import RollbackRanges
+from dist.mixture_stages import Standing, plan_stages, record_stages
 from dist.open_shards import remote_notes
 from dist.order_choice import OrderName
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
-from dist.run_order import first_order, order_of_start
+from dist.run_order import first_order, mixed_order, order_of_start
 from dist.skips import Skips, read_skipped
-from dist.sources import (
-    SourceConfig,
-    StageConfig,
-    listed_sources,
-    open_sources,
-    plan_stages,
-    record_stages,
+from dist.source_versions import first_tables, listed_sources, rows_removed
+from dist.sources import SourceConfig, StageConfig, open_sources
+from dist.stages import (
+    LOOK_AHEAD_STEPS,
+    begin_stage,
+    open_run_dataset,
+    read_stages,
+    rows_of_run,
 )
-from dist.stages import LOOK_AHEAD_STEPS, begin_stage, open_run_dataset, read_stages
 from dist.url_path import Place, UrlPath, place_of
 from dist.verify import FULL_BELOW_BYTES, check_presence, verify_full
+from dist.windowed import OrderMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +120,9 @@ def start_run(
     if config.max_epochs < 0:
         raise ConfigError(f"max_epochs is {config.max_epochs}; it must be 0 (max_steps) or more")
     identity = run.read_run()
-    if identity is not None:
-        _switch(run, identity, str(getattr(config, "switch_data", None) or ""))
-    dataset = as_rows(_open_data(run, identity, config), config.data.packing, config.data.seq_len)
+    if identity is not None and not config.data.sources:
+        _switch(run, identity, _switched(config))
+    dataset = rows_of_run(run, _open_data(run, identity, config), config.data)
     for source in dataset.sources:
         source.manifest.shards_of("train")
         check_presence(source)
@@ -218,8 +221,8 @@ def start_run(
         return Start(data=dataset.reference, outcome=record["facts"])
     fields = mode.to_dict()
     if isinstance(dataset, MixedDataset):
-        frozen = record["order"]["stages"] if record is not None else []
-        fields["stages"] = plan_stages(dataset, config, mode, frozen=frozen, t=t, skipped=skipped)
+        at = Standing.of(record)
+        fields["stages"], skipped = _mixture_from(run, identity, dataset, config, mode, at)
         record_stages(run, attempt, t, dataset, fields["stages"], mode)
     max_steps = config.max_steps
     if end_t is not None:
@@ -248,12 +251,29 @@ def _open_data(run: RunDir, identity: dict[str, Any] | None, config: Any) -> Dat
             f"max_epochs is {config.max_epochs} with data.sources: each source ends its epochs at "
             "another sample; set max_steps"
         )
-    if getattr(config, "switch_data", None):
-        raise ConfigError(
-            "switch_data with data.sources: rows cannot be taken out of a mixture; add the derived "
-            "version as a source of its own and give the old one weight 0"
-        )
-    return open_sources(run, identity, config.data)
+    return open_sources(run, identity, config.data, _switched(config))
+
+
+def _switched(config: Any) -> str:
+    return str(getattr(config, "switch_data", None) or "")
+
+
+def _mixture_from(
+    run: RunDir, identity: dict[str, Any], dataset: MixedDataset, config: Any, mode: OrderMode,
+    at: Standing,
+) -> tuple[list[dict[str, Any]], list[list[int]]]:  # fmt: skip
+    """(stages, ranges of the mixed stream that are left out) of a run that stands `at`."""
+    tables = first_tables(run, identity, dataset)
+
+    def order_of(stages: list[dict[str, Any]]) -> Any:
+        return mixed_order(tables, config.seed, mode, stages)
+
+    ranges = RollbackRanges.of(run, at.skipped, at.position, order_of)
+    stages = plan_stages(
+        dataset.names, config, mode, tables, at=at, ranges=ranges, order_of=order_of,
+        removed=rows_removed(run, identity, dataset),
+    )  # fmt: skip
+    return stages, ranges.under(stages)
 
 
 def check_place(checkpoint_url: str) -> None:

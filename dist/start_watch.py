@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from dist.drain import end_process
-from dist.hang_stacks import stack_of, waits_for_others
+from dist.hang_stacks import stacks_of_threads, waits_for_others
 from dist.local_files import create_exclusive
 from dist.ranks import Ranks
 from dist.run_dir import RunDir, launched_attempt
@@ -47,7 +47,7 @@ def cancel_start_watch() -> None:
 
 
 def _end_start(ranks: Ranks, path: Path | None, limit_s: float) -> None:
-    main = stack_of(sys._current_frames().get(threading.main_thread().ident or -1))
+    main = stacks_of_threads().get(threading.main_thread().ident or -1, [])
     waiting, where = waits_for_others(main, [])
     host = socket.gethostname()
     text = (

@@ -8,7 +8,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,14 @@ class Storage:
     def read_range(self, name: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of a file; fewer, or an error, where it ends before."""
         return bytes(self._fs.cat_file(self._path(name), start=start, end=end))
+
+    def copy_range(self, name: str, start: int, end: int, take: Callable[[bytes], None]) -> None:
+        """Hand over bytes [start, end) of a file piece by piece, in order; fewer, or an error,
+        where it ends before."""
+        if isinstance(self._fs, HttpFiles):
+            self._fs.copy_range(self._path(name), start, end, take)
+        else:
+            take(self.read_range(name, start, end))
 
     @contextmanager
     def upload(self, name: str) -> Iterator[Any]:

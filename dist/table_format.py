@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from dist.documents import Documents
 from dist.errors import ConfigError, DataRefused
 from dist.token_source import TOKEN_COLUMNS, Block, SourceFile, split_of, text_advice
 
 SUFFIXES = (".parquet", ".pq", ".arrow")
+LABELS, MASK = "labels", "attention_mask"
 EXPORT_SCHEMA = pa.schema(
     [
         pa.field("input_ids", pa.list_(pa.int32())),
@@ -24,7 +26,19 @@ EXPORT_SCHEMA = pa.schema(
         pa.field("offset", pa.int64()),
     ]
 )
+# What is not trained of an example, as transformers' losses leave it out.
+IGNORED_LABEL = -100
 _ROW_GROUP = 4096
+_PACKED_COLUMNS = ("position_ids", "seq_lengths")
+"""A row with one of these may be several examples that were joined."""
+
+
+class _Columns(NamedTuple):
+    """Names of a table's columns; '' where it has none."""
+
+    tokens: str
+    labels: str
+    mask: str
 
 
 def find_tables(source: Path, column: str) -> list[SourceFile]:
@@ -45,6 +59,7 @@ def find_tables(source: Path, column: str) -> list[SourceFile]:
         SourceFile(
             path=path, split=split or "train",
             read=lambda path=path: read_table(path, column),  # type: ignore[misc]
+            has_labels=_has_labels(path),
         )
         for path, split in found
     ]  # fmt: skip
@@ -71,31 +86,77 @@ def _listed(source: Path) -> list[Path]:
 
 
 def read_table(path: Path, column: str) -> Iterator[Block]:
-    """Each row's list of tokens as a document."""
+    """Each row's list of tokens as a document, without what its attention_mask leaves out."""
     try:
-        for batch in _batches(path, column):
-            yield _block(path, batch)
-    except pa.ArrowException as error:
-        raise DataRefused(f"{path} is damaged or no such file ({error}); copy it anew") from None
+        before = 0
+        for batch, columns in _batches(path, column):
+            # Offsets that point out of their buffer would end the process.
+            batch.validate(full=True)
+            yield _block(path, batch, columns, before)
+            before += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's own; Arrow's name damage and have no number
+        why = " ".join(str(error).split())
+        raise DataRefused(f"{path} is damaged or no such file ({why}); copy it anew") from None
 
 
-def _batches(path: Path, column: str) -> Iterator[pa.RecordBatch]:
-    """Record batches of the one column of tokens."""
+def _has_labels(path: Path) -> bool:
+    """Whether a table has labels of tokens; a damaged one fails where it is read."""
+    try:
+        if path.suffix != ".arrow":
+            return _labels(pq.read_schema(path)) != ""
+        with pa.memory_map(str(path), "r") as source:
+            return _labels(_ipc(source)[0]) != ""
+    except (pa.ArrowException, OSError):
+        return False
+
+
+def _labels(schema: pa.Schema) -> str:
+    # Labels of whole rows, as for a classifier, are none of these.
+    return LABELS if LABELS in schema.names and _is_list(schema.field(LABELS).type) else ""
+
+
+def _ipc(source: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """Schema and batches of an Arrow file or stream."""
+    try:
+        file = pa.ipc.open_file(source)
+        return file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
+    except pa.ArrowInvalid:
+        source.seek(0)
+        stream = pa.ipc.open_stream(source)
+        return stream.schema, iter(stream)
+
+
+def _batches(path: Path, column: str) -> Iterator[tuple[pa.RecordBatch, _Columns]]:
+    """Record batches of the columns that decide tokens, and what they are called."""
     if path.suffix != ".arrow":
-        with pq.ParquetFile(path) as file:
-            name = token_column(path, file.schema_arrow, column)
-            yield from file.iter_batches(batch_size=_ROW_GROUP, columns=[name])
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            columns = _columns(path, file.schema_arrow, column)
+            names = [name for name in columns if name]
+            for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=names):
+                yield batch, columns
         return
     with pa.memory_map(str(path), "r") as source:
-        try:
-            reader: Any = pa.ipc.open_file(source)
-            batches: Any = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        except pa.ArrowInvalid:
-            source.seek(0)
-            batches = reader = pa.ipc.open_stream(source)
-        name = token_column(path, reader.schema, column)
+        schema, batches = _ipc(source)
+        columns = _columns(path, schema, column)
         for batch in batches:
-            yield batch.select([name])
+            yield batch.select([name for name in columns if name]), columns
+
+
+def _columns(path: Path, schema: pa.Schema, wanted: str) -> _Columns:
+    tokens = token_column(path, schema, wanted)
+    labels, mask = _labels(schema), MASK if MASK in schema.names else ""
+    if mask:
+        _check_list(path, schema, mask)
+    packed = [name for name in _PACKED_COLUMNS if name in schema.names]
+    if labels and packed:
+        raise DataRefused(
+            f"{path} has the columns {LABELS} and {', '.join(packed)}: its rows may be several "
+            "examples that were packed; import them as they were before that, Leyden packs as it "
+            "reads"
+        )
+    return _Columns(tokens, labels, mask)
 
 
 def token_column(path: Path, schema: pa.Schema, wanted: str) -> str:
@@ -113,40 +174,107 @@ def token_column(path: Path, schema: pa.Schema, wanted: str) -> str:
             f"{path} has no column {' or '.join(names)}: it has {said}; name the column of tokens "
             "with --column"
         )
-    kind = schema.field(found[0]).type
     if found[0] in text:
         raise DataRefused(text_advice(f"{path} holds text in its column {found[0]!r}"))
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(is_kind(kind) for is_kind in lists) or not pa.types.is_integer(kind.value_type):
-        raise DataRefused(f"{path}: the column {found[0]!r} is {kind}, not a list of integers")
+    _check_list(path, schema, found[0])
     return found[0]
 
 
-def _block(path: Path, batch: pa.RecordBatch) -> Block:
-    column = batch.column(0)
+def _check_list(path: Path, schema: pa.Schema, name: str) -> None:
+    kind = schema.field(name).type
+    if not _is_list(kind):
+        raise DataRefused(f"{path}: the column {name!r} is {kind}, not a list of integers")
+
+
+def _is_list(kind: Any) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_kind(kind) for is_kind in lists) and pa.types.is_integer(kind.value_type)
+
+
+def _block(path: Path, batch: pa.RecordBatch, columns: _Columns, before: int) -> Block:
+    """before: rows of the file before this batch."""
+    tokens, lengths = _lists(path, batch, columns.tokens)
+    ends = np.cumsum(lengths)
+
+    def beside(name: str) -> NDArray[np.integer]:
+        values, own = _lists(path, batch, name)
+        if not np.array_equal(own, lengths):
+            row = int(np.flatnonzero(own != lengths)[0])
+            raise DataRefused(
+                f"{path}: row {before + row} has {lengths[row]} tokens and {own[row]} of {name}"
+            )
+        return values
+
+    def refuse_where(wrong: NDArray[np.bool_], why: str) -> None:
+        if wrong.any():
+            at = int(np.flatnonzero(wrong)[0])
+            row = int(np.searchsorted(ends, at, side="right"))
+            place = at - int(ends[row] - lengths[row])
+            raise DataRefused(f"{path}: row {before + row}, token {place}: {why}")
+
+    trained = None
+    if columns.labels:
+        labels = beside(columns.labels)
+        trained = labels != IGNORED_LABEL
+        refuse_where(
+            trained & (labels != tokens),
+            f"its label is neither the token nor {IGNORED_LABEL}; labels are to stand at their own "
+            "tokens, not shifted",
+        )
+    if columns.mask:
+        kept = beside(columns.mask) != 0
+        if trained is not None:
+            refuse_where(trained & ~kept, f"it is trained, but its {MASK} leaves it out")
+        first = np.zeros(len(kept), bool)
+        first[(ends - lengths)[lengths > 0]] = True
+        begins = kept & (first | ~np.concatenate(([False], kept[:-1])))
+        counts = np.concatenate(([0], np.cumsum(begins)))
+        again = begins & (counts[1:] - counts[np.repeat(ends - lengths, lengths)] > 1)
+        refuse_where(again, f"its {MASK} has left out tokens before it, in the middle of the row")
+        left = np.concatenate(([0], np.cumsum(kept)))
+        lengths = left[ends] - left[ends - lengths]
+        tokens, trained = tokens[kept], None if trained is None else trained[kept]
+    return Block(tokens=tokens, lengths=lengths, trained=trained)
+
+
+def _lists(
+    path: Path, batch: pa.RecordBatch, name: str
+) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+    """(values, lengths) of a column of lists."""
+    column = batch.column(name)
     values = pc.list_flatten(column)
     if column.null_count or values.null_count:
-        raise DataRefused(f"{path} holds rows or tokens that are null; drop them first")
+        raise DataRefused(f"{path} holds rows or {name} that are null; drop them first")
     lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)
-    return Block(tokens=values.to_numpy(zero_copy_only=False), lengths=lengths)
+    return values.to_numpy(zero_copy_only=False), lengths
 
 
 class ParquetTokensWriter:
-    """Writes one Parquet file: a row a document, with its source and offset."""
+    """Writes one Parquet file: a row a document, with its source and offset.
 
-    def __init__(self, path: Path, paths: list[str]) -> None:
+    with_labels: of examples; where a token is trained its id, else -100.
+    """
+
+    def __init__(self, path: Path, paths: list[str], *, with_labels: bool = False) -> None:
         self._paths = paths
-        self._file = pq.ParquetWriter(path, EXPORT_SCHEMA, compression="zstd")
+        self._schema = EXPORT_SCHEMA
+        if with_labels:
+            self._schema = EXPORT_SCHEMA.insert(1, pa.field("labels", pa.list_(pa.int32())))
+        self._file = pq.ParquetWriter(
+            path, self._schema, compression="zstd", write_page_checksum=True
+        )
 
     def add(self, documents: Documents) -> None:
         """Append documents."""
-        splits = np.concatenate(([0], np.cumsum(documents.lengths)))
-        ids = pa.ListArray.from_arrays(
-            pa.array(splits.astype(np.int32)), pa.array(documents.tokens.astype(np.int32))
-        )
+        splits = pa.array(np.concatenate(([0], np.cumsum(documents.lengths))).astype(np.int32))
+        tokens = documents.tokens.astype(np.int32)
+        lists = [pa.ListArray.from_arrays(splits, pa.array(tokens))]
+        if documents.trained is not None:
+            labels = np.where(documents.trained, tokens, np.int32(IGNORED_LABEL))
+            lists.append(pa.ListArray.from_arrays(splits, pa.array(labels)))
         named = [self._paths[i] if i < len(self._paths) else "" for i in documents.inputs.tolist()]
-        columns = [ids, pa.array(named, pa.string()), pa.array(documents.offsets)]
-        self._file.write_table(pa.table(columns, schema=EXPORT_SCHEMA))
+        columns = [*lists, pa.array(named, pa.string()), pa.array(documents.offsets)]
+        self._file.write_table(pa.table(columns, schema=self._schema))
 
     def close(self) -> None:
         """Write the footer."""

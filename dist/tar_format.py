@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -61,7 +62,12 @@ def read_tar(path: Path, column: str) -> Iterator[Block]:
                 if pending >= BLOCK_TOKENS:
                     yield _block(documents)
                     documents, pending = [], 0
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+            # A tar file ends before its gzip does: the checksum comes after.
+            while tar.fileobj is not None and tar.fileobj.read(1 << 20):
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's own; those of gzip name damage and have no number
         raise DataRefused(f"{path} is damaged or cut off ({error}); copy it anew") from None
     if documents:
         yield _block(documents)
@@ -113,7 +119,7 @@ def _tokens(what: str, members: dict[str, bytes], column: str) -> NDArray[np.int
     found: Any = None
     try:
         if len(arrays) == 1:
-            found = np.load(io.BytesIO(members[arrays[0]]), allow_pickle=False)
+            found = _array(members[arrays[0]])
         elif not arrays and "json" in members:
             record = json.loads(members["json"])
             found = next((record[name] for name in names if name in record), None)
@@ -128,6 +134,13 @@ def _tokens(what: str, members: dict[str, bytes], column: str) -> NDArray[np.int
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise DataRefused(f"{what}: an array {found.shape} of {found.dtype} is no list of tokens")
     return found
+
+
+def _array(data: bytes) -> Any:
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # a damaged header is parsed as Python, a damaged shape allocated
+        raise ValueError(f"no .npy array ({error})") from None
 
 
 class TarTokensWriter:

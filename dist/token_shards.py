@@ -12,6 +12,7 @@ from dist.manifest import TOTALS, Shard
 from dist.packing import PackedRows, Packer, num_targets
 from dist.shard_file import PackedShardWriter, rows_per_batch, slice_rows
 from dist.storage import Storage
+from dist.token_source import Block
 
 
 class SplitWriter:
@@ -30,20 +31,20 @@ class SplitWriter:
         self.totals = dict.fromkeys(TOTALS, 0)
 
     def add(
-        self, tokens: NDArray[np.integer], lengths: NDArray[np.int64], offsets: NDArray[np.int64],
-        number: int, mine: NDArray[np.bool_],
-    ) -> None:  # fmt: skip
-        """Append the documents `mine` (documents,) of a block of input `number`.
-
-        tokens: (sum(lengths),), ids that fit the dtype.
-        """
+        self, block: Block, offsets: NDArray[np.int64], number: int, mine: NDArray[np.bool_]
+    ) -> int:
+        """Append the documents `mine` (documents,) of a block of input `number`, but for empty
+        ones; how many. Its ids fit the dtype."""
+        tokens, lengths = block.tokens, block.lengths
         if not mine.all():
             tokens = tokens[np.repeat(mine, lengths)]
         lengths = lengths[mine]
-        self.totals["documents"] += int((lengths > 0).sum())
+        taken = int((lengths > 0).sum())
+        self.totals["documents"] += taken
         inputs = np.full(len(lengths), number, np.int64)
         flat = tokens.astype(self._dtype, copy=False)
         self._write(self._packer.add(flat, lengths, inputs, offsets[mine]))
+        return taken
 
     def close(self) -> list[Shard]:
         """Pad the last row and publish the last shard; all shards in order."""

@@ -25,6 +25,8 @@ class Block:
     """(sum(lengths),) of any integer type."""
     lengths: NDArray[np.int64]
     """(documents,)"""
+    trained: NDArray[np.bool_] | None = None
+    """Of a source with labels: (sum(lengths),) which tokens are trained as targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,8 @@ class SourceFile:
     split: str
     read: Callable[[], Iterator[Block]]
     """Yields its documents; DataRefused for damage."""
+    has_labels: bool = False
+    """Whether its blocks say which tokens are trained."""
     beside: tuple[Path, ...] = field(default=())
     """Other files that decide the tokens (an index); they are part of the source's digest."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -37,6 +38,9 @@ from dist.strategies import StepTimeout
 from dist.watchdog import Watchdog
 
 Config = TypeVar("Config")
+FIRST_SPEAKS_WITHIN_S = 60.0
+"""So long do other ranks wait with an error that rank 0 has too. The first rank that ends has the
+launcher end all others, and on a busy machine rank 0 may not have read its config yet."""
 
 # What a run may change when it goes on; anything else would make it another run. A dataset may
 # move: its digest decides.
@@ -143,10 +147,10 @@ def main_of(
             [word for word in sys.argv[1:] if word != "--"],
             prog=prog, description=description, configs=configs, prefix=prefix,
         )  # fmt: skip
-    except ConfigError as error:
-        if ranks.is_first:
-            raise
-        return error.exit_code
+    except ConfigError:
+        if not ranks.is_first:
+            time.sleep(FIRST_SPEAKS_WITHIN_S)  # the launcher ends this rank meanwhile
+        raise
     watchdog = getattr(config, "watchdog", None)
     if watchdog is not None:
         name = str(getattr(config, "run", ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import errno
+import functools
 import os
 import random
 import threading
@@ -23,6 +24,8 @@ PARTS_AT_ONCE = 4
 REQUESTS_AT_ONCE = 16
 """Requests under way at a time, of all processes of a node that share a cache."""
 _SHORT_TRIES = 3
+_JITTER = random.SystemRandom()
+"""Not the program's own numbers: those are seeded, on all ranks alike."""
 UNTESTED = ("gs", "gcs", "hdfs", "abfs", "az", "adl", "webhdfs", "sftp", "ftp")
 
 
@@ -37,7 +40,7 @@ class Retries:
     def pause_s(self, failed: int) -> float:
         """After `failed` tries, between half of it and all of it, so that ranks spread out."""
         doubled = self.first_pause_s * 2.0 ** min(failed - 1, 30)
-        return min(self.longest_pause_s, doubled) * random.uniform(0.5, 1.0)
+        return min(self.longest_pause_s, doubled) * _JITTER.uniform(0.5, 1.0)
 
 
 RETRIES = Retries()
@@ -45,6 +48,10 @@ RETRIES = Retries()
 
 class Cancelled(LeydenError):
     """A download was given up because nobody waits for it any more."""
+
+
+class _NotWritten(Exception):
+    """The local file could not be written: no reason to ask the store again."""
 
 
 def untested_note(url: str) -> str:
@@ -71,7 +78,7 @@ def retried(
             raise Cancelled(f"reading {url} was given up")
         try:
             return read()
-        except (FileNotFoundError, LeydenError):
+        except (FileNotFoundError, LeydenError, _NotWritten):
             raise
         except Exception as error:  # each store has its own kinds
             failed += 1
@@ -92,6 +99,13 @@ def retried(
         stop.wait(retries.pause_s(failed))
 
 
+def read_small(storage: Storage, name: str) -> bytes:
+    """A small file; from a store, with retries and errors that say what to do."""
+    if storage.is_local:
+        return storage.read(name)
+    return retried(functools.partial(storage.read, name), f"{storage.url}/{name}")
+
+
 def fetch_file(
     storage: Storage, name: str, size: int, handle: int, *,
     slot: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -99,7 +113,8 @@ def fetch_file(
 ) -> None:  # fmt: skip
     """Write bytes [0, size) of a stored file to an open local one, parts of 8 MiB side by side.
 
-    `slot` bounds the requests of all processes; a part that fails is fetched again alone.
+    `slot` bounds the requests of all processes; a part that fails is fetched again alone. OSError
+    where the local file cannot be written.
     """
     given_up = stop or threading.Event()
     url = f"{storage.url}/{name}"
@@ -107,17 +122,29 @@ def fetch_file(
     def part(start: int) -> None:
         end = min(size, start + PART_BYTES)
 
-        def read() -> bytes:
-            with slot():
-                data = storage.read_range(name, start, end)
-            if len(data) != end - start:
-                raise ShortRead(errno.EIO, f"{len(data)} bytes came from {start} to {end}")
-            return data
+        def copy() -> None:
+            written = start
 
-        data = memoryview(retried(read, url, stop=given_up, on_retry=on_retry))
-        written = 0
-        while written < len(data):
-            written += os.pwrite(handle, data[written:], start + written)
+            def take(data: bytes) -> None:
+                nonlocal written
+                left = memoryview(data)
+                try:
+                    while left:
+                        count = os.pwrite(handle, left, written)
+                        written, left = written + count, left[count:]
+                except OSError as error:
+                    raise _NotWritten from error
+
+            with slot():
+                storage.copy_range(name, start, end, take)
+            if written != end:
+                raise ShortRead(errno.EIO, f"{written - start} bytes came from {start} to {end}")
+
+        try:
+            retried(copy, url, stop=given_up, on_retry=on_retry)
+        except _NotWritten as failed:
+            assert failed.__cause__ is not None
+            raise failed.__cause__ from None
 
     starts = range(0, size, PART_BYTES)
     if len(starts) <= 1:
@@ -152,7 +179,7 @@ def _refusal(error: Exception, url: str) -> LeydenError | None:
         )
     if (
         isinstance(error, HttpError)
-        and 400 <= error.status < 500
+        and error.status < 500  # a redirect that leads nowhere and a wrong range among them
         and error.status not in (408, 429)
     ):
         return SetupError(f"{url} cannot be read: {_said(error)}; check the address")

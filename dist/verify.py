@@ -16,13 +16,14 @@ from pathlib import Path
 
 import xxhash
 
+from dist.batch_hashes import damaged_batches
 from dist.commit import missing_files
-from dist.dataset import Dataset, SplitTable
+from dist.dataset import Dataset, MixedDataset, SplitTable
 from dist.errors import DataRefused
 from dist.local_files import write_atomic
 from dist.manifest import Shard
 from dist.progress import Progress
-from dist.shard_file import bad_batches, file_digest
+from dist.shard_file import file_digest
 from dist.stamps import file_facts, is_stamped
 from dist.transfer import PART_BYTES, retried
 
@@ -43,6 +44,10 @@ class VerifyReport:
 
 def check_presence(dataset: Dataset) -> None:
     """Tokenizer, lengths, and every shard's presence and size; DataRefused lists what is wrong."""
+    if isinstance(dataset, MixedDataset):
+        for part in dataset.parts:
+            check_presence(part)
+        return
     problems = missing_files(dataset.storage, dataset.manifest)
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
@@ -64,7 +69,7 @@ def wrong_bytes(path: Path, shard: Shard, found: str = "") -> str:
     if found == shard.xxh3_128:
         return ""
     try:
-        bad = bad_batches(path)
+        bad = damaged_batches(path)
         where = f"record batches {bad[:8]}" if bad else "its schema or footer"
     except Exception:  # damage can make Arrow raise anything; the digest has already decided
         where = "it no longer opens as an Arrow file"
@@ -74,9 +79,17 @@ def wrong_bytes(path: Path, shard: Shard, found: str = "") -> str:
 def verify_full(dataset: Dataset, *, progress: bool = True) -> VerifyReport:
     """Hash every byte of every shard, on all cores; DataRefused names each damaged shard.
 
-    A remote dataset is streamed and nothing of it is kept.
+    A remote dataset is streamed and nothing of it is kept. A mixture is its datasets, one by one.
     """
+    if isinstance(dataset, MixedDataset):
+        parts = [verify_full(part, progress=progress) for part in dataset.parts]
+        return VerifyReport(
+            shards=sum(part.shards for part in parts), bytes=sum(part.bytes for part in parts),
+            seconds=sum(part.seconds for part in parts),
+        )  # fmt: skip
     check_presence(dataset)
+    if dataset.is_remote:  # the cache's copy says nothing of the file at the URL
+        dataset.read_lengths(fresh=True)
     started = time.monotonic()
     shards = dataset.manifest.shards
     total = sum(shard.bytes for shard in shards)
@@ -200,7 +213,7 @@ class ShardVerifier:
     def _check(self, index: int) -> None:
         shard = self._shards[index]
         path = self._dataset.shard_path(shard)
-        stamp = self._stamps / f"{_name(path)}.json"
+        stamp = self._stamps / f"{stamp_name(path)}.json"
         facts = file_facts(path, shard.xxh3_128)
         if not is_stamped(stamp, facts):
             problem = wrong_bytes(path, shard)
@@ -213,5 +226,6 @@ class ShardVerifier:
         self._checked.add(index)
 
 
-def _name(path: Path) -> str:
+def stamp_name(path: Path) -> str:
+    """What the stamp of a file at this path is called."""
     return hashlib.blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()

@@ -37,7 +37,14 @@ from typing import Any
 
 from dist.drain import end_process
 from dist.errors import ConfigError
-from dist.hang_stacks import NO_HEARTBEAT, at_fault, hang_text, stack_of, waits_for_others
+from dist.hang_stacks import (
+    LOADER_THREADS,
+    NO_HEARTBEAT,
+    at_fault,
+    hang_text,
+    stacks_of_threads,
+    waits_for_others,
+)
 from dist.hang_watcher import STACKS_SIGNAL, start_watcher
 from dist.local_files import create_exclusive, write_atomic
 from dist.ranks import Ranks
@@ -150,9 +157,14 @@ class Watchdog:
                 self._since += now - woke  # the whole process was stopped (a suspended job)
             woke = now
             idle_s = now - self._since
-            self._write_beat(idle_s)
-            limit_s = self.timeout_s()
-            if idle_s > limit_s and idle_s > self.timeout_s(saving=self._saving()):
+            try:
+                self._write_beat(idle_s)
+                is_over = idle_s > self.timeout_s()
+                is_over = is_over and idle_s > self.timeout_s(saving=self._saving())
+            except Exception as error:  # without a watchdog the run would pass for a dead one
+                print(f"warning: the watchdog could not look: {error!r}", file=sys.stderr)
+                continue
+            if is_over:
                 self._end(idle_s)
 
     def _write_beat(self, idle_s: float) -> None:
@@ -165,11 +177,8 @@ class Watchdog:
             print(f"warning: the watchdog cannot write: {error}", file=sys.stderr)
 
     def _saving(self) -> bool:
-        return any(where.endswith(_SAVING_FILES) for where, _, _ in self._main_stack())
-
-    def _main_stack(self) -> list[tuple[str, str, int]]:
-        """(file, function, line) of the main thread, innermost first."""
-        return stack_of(sys._current_frames().get(self._main or -1))
+        stack = stacks_of_threads().get(self._main or -1, [])
+        return any(where.endswith(_SAVING_FILES) for where, _, _ in stack)
 
     def _end(self, idle_s: float) -> None:
         """Say where this rank is, find who is at fault, and end the process."""
@@ -188,13 +197,14 @@ class Watchdog:
         end_process(EXIT_HUNG)
 
     def _describe(self, idle_s: float) -> dict[str, Any]:
-        frames = sys._current_frames()
+        stacks = stacks_of_threads()
         in_loaders = [
-            stack_of(frames.get(thread.ident or -1))
+            stacks.get(thread.ident or -1, [])
+            for name in LOADER_THREADS
             for thread in threading.enumerate()
-            if thread.name == "gather"
+            if thread.name == name
         ]
-        waiting, where = waits_for_others(self._main_stack(), in_loaders)
+        waiting, where = waits_for_others(stacks.get(self._main or -1, []), in_loaders)
         return {
             "rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(),
             "step": self.step, "phase": self._phase, "progress": self._progress,

@@ -39,6 +39,7 @@ from dist.order import (
     _halves,
     _mix,
     derive_key,
+    each_value,
     permute,
     permute_inverse,
 )
@@ -150,9 +151,8 @@ class WindowedOrder:
         """(epoch, row) of samples t (k,), in any order."""
         epoch, position = np.divmod(t, self.num_rows)
         row = np.empty_like(position)
-        for e in np.unique(epoch):
-            here = epoch == e
-            row[here] = self._row_at(position[here], int(e))
+        for e, here in each_value(epoch):
+            row[here] = self._row_at(position[here], e)
         return epoch, row
 
     def when(self, row: int, epoch: int) -> int:
@@ -231,9 +231,8 @@ class WindowedOrder:
         key = self._key(epoch, "staggered" if staggered else "block")
         tweak = _mix((block * MAX_LANES + lane + 1).astype(np.uint64))
         inner = np.empty_like(index)
-        for one in np.unique(n):  # a lane has a first, a last and whole blocks; two lane lengths
-            here = n == one
-            inner[here] = _walk(step, index[here] - begin[here], int(one), key, tweak[here])
+        for one, here in each_value(n):  # a lane has a first, a last and whole blocks; two lengths
+            inner[here] = _walk(step, index[here] - begin[here], one, key, tweak[here])
         return begin + inner
 
     def _table(self, epoch: int) -> tuple[I64, I64]:

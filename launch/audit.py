@@ -38,8 +38,11 @@ def who_saw(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
     options = parser.parse_args(arguments)
     from dist import audit
+    from dist.errors import ConfigError
     from dist.run_history import find_run
 
+    if options.epochs is not None and options.epochs < 1:
+        raise ConfigError(f"--epochs {options.epochs} must be at least 1")
     answer = audit.who_saw(
         find_run(options.run), options.key, epochs=options.epochs, data=options.data
     )
@@ -108,7 +111,7 @@ def bundle_text(record: dict[str, Any]) -> str:
 def who_saw_text(answer: Answer) -> str:
     """What `who-saw` prints, for people."""
     shards = {(ref.split, ref.row): ref for ref in answer.rows}
-    lines = [f"data       {answer.data}", f"key        {printable(answer.key)}"]
+    lines = [*data_lines(answer.data), f"key        {printable(answer.key)}"]
     lines.append(f"rows       {len(answer.rows):,}{_splits(answer)}")
     for ref in answer.rows[:SHOWN_LINES]:
         if ref.split != "train":
@@ -124,8 +127,11 @@ def who_saw_text(answer: Answer) -> str:
             f"({ref.shard[:8]}:{ref.row_in_shard})"
         )
     for row, digest in sorted(answer.removed.items())[:SHOWN_LINES]:
-        lines.append(f"  train:{row:<8} removed: not in the version {digest[:12]} that the run "
-                     "went on with (--switch_data)")  # fmt: skip
+        name = shards["train", row].name
+        lines.append(
+            f"  {name:<14} removed: not in the version {digest[:12]} that the run went on with "
+            "(--switch_data)"
+        )
     if len(answer.sightings) > SHOWN_LINES:
         lines.append(f"  ... {len(answer.sightings) - SHOWN_LINES:,} more; --json prints all")
     done = sum(one.consumed for one in answer.sightings)
@@ -141,7 +147,7 @@ def replay_text(found: Replay, *, full: bool) -> str:
     """What `replay` prints, for people."""
     state = f"consumed by attempt {found.attempt}" if found.consumed else "not consumed yet"
     lines = [
-        f"data       {found.data}",
+        *data_lines(found.data),
         f"step       {found.step}: samples {found.t0} to {found.t1 - 1}, {found.t1 - found.t0} "
         f"rows on {found.world_size} data-parallel ranks, {state}",
     ]
@@ -156,6 +162,17 @@ def replay_text(found: Replay, *, full: bool) -> str:
 
 def _row_name(row: ReplayedRow) -> str:
     return f"{row.source}/train:{row.source_row}" if row.source else f"train:{row.row}"
+
+
+def data_lines(reference: str) -> list[str]:
+    """The dataset, or each source of a mixture on a line of its own."""
+    from dist.references import MIXED, mixed_references
+
+    if not reference.startswith(MIXED):
+        return [f"data       {reference}"]
+    sources = mixed_references(reference)
+    width = max(len(name) for name, _ in sources)
+    return [f"source     {name:<{width}}  {one}" for name, one in sources]
 
 
 def printable(text: str) -> str:

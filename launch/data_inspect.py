@@ -37,9 +37,16 @@ def inspect(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
     options = parser.parse_args(arguments)
     from dist import data_inspect
-    from dist.dataset import open_dataset
+    from dist.data_samples import sample_rows
+    from dist.dataset import open_one
+    from dist.errors import ConfigError
 
-    dataset = open_dataset(options.reference)
+    if options.samples < 0 or options.scan_rows < 1:
+        raise ConfigError(
+            f"--samples {options.samples} must be 0 or more, --scan_rows {options.scan_rows} at "
+            "least 1"
+        )
+    dataset = open_one(options.reference)
     facts = data_inspect.facts_of(dataset)
     note = data_inspect.unread(dataset)
     found, said = None, None
@@ -47,11 +54,11 @@ def inspect(arguments: list[str]) -> int:
     if not note:
         digest = dataset.manifest.tokenizer_digest
         tokenizer = None if digest is None else dataset.read_tokenizer()
-        found = data_inspect.scan(dataset, max(1, options.scan_rows))
+        found = data_inspect.scan(dataset, options.scan_rows)
         said = data_inspect.scan_facts(found, tokenizer)
     if options.samples > 0:
         for split in samples:
-            samples[split] = data_inspect.sample_rows(dataset, split, max(0, options.samples))
+            samples[split] = sample_rows(dataset, split, options.samples)
     if options.json:
         record = {**facts, "scan": said, "samples": samples, "note": note}
         print(json.dumps(record, indent=1, sort_keys=True))
@@ -176,15 +183,20 @@ def _scan_lines(said: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _pieces(count: int) -> str:
-    return f"{count} piece{'s' * (count != 1)} of documents"
+def row_text(row: dict[str, Any]) -> str:
+    """What a sampled row consists of."""
+    if "runs" in row:
+        tokens = sum(run["tokens"] for run in row["runs"])
+        return f"an example of {tokens} tokens, {row['targets']} of them trained"
+    count = len(row["pieces"])
+    padding = f", {row['padding']} of padding" if row["padding"] else ""
+    return f"{count} piece{'s' * (count != 1)} of documents{padding}"
 
 
 def _sample_lines(split: str, row: dict[str, Any]) -> list[str]:
     """A row with the borders of its documents."""
     pieces = row["pieces"]
-    padding = f", {row['padding']} of padding" if row["padding"] else ""
-    lines = [f"sample     {split} row {row['row']}: {_pieces(len(pieces))}{padding}"]
+    lines = [f"sample     {split} row {row['row']}: {row_text(row)}"]
     for piece in pieces[:_SHOWN_PIECES]:
         source = _safe(piece["path"]) or f"input {piece['input']}"
         lines.append(f"  +- {source} @ {piece['offset']}, {piece['tokens']} tokens")

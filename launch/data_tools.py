@@ -30,9 +30,9 @@ def diff(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
     options = parser.parse_args(arguments)
     from dist.data_diff import diff_datasets
-    from dist.dataset import open_dataset
+    from dist.dataset import open_one
 
-    found = diff_datasets(open_dataset(options.a), open_dataset(options.b))
+    found = diff_datasets(open_one(options.a), open_one(options.b))
     if options.json:
         record = {**dataclasses.asdict(found), "equal": found.equal}
         print(json.dumps(record, indent=1, sort_keys=True))
@@ -96,17 +96,19 @@ def gc(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     from dist import data_gc
+    from dist.data_pin import is_pin
     from dist.errors import ConfigError
     from dist.manifest import parse_reference
+    from dist.references import MIXED
     from dist.storage import Storage
 
     older_than_s = data_gc.parse_age(options.older_than)
     url, prefix = parse_reference(options.url)
-    if prefix is not None:
-        raise ConfigError(f"gc cleans a whole folder: pass {url} without @{prefix}")
+    if prefix is not None or url.startswith(MIXED):
+        raise ConfigError("gc cleans a whole folder: pass it without the @ and digest of a version")
+    if is_pin(url):
+        raise ConfigError(f"gc cleans a whole folder: pass the one that {url} names")
     storage = Storage(url)
-    if not storage.list("manifests"):
-        raise ConfigError(f"no dataset at {storage.url}: there is no manifest; pass its folder")
     found = data_gc.collect(storage, older_than_s, dry_run=options.dry_run)
     if options.dry_run and (note := data_gc.lease_note(storage)):
         print(f"note: {note}, so gc would be refused", file=sys.stderr)
@@ -138,9 +140,9 @@ def pin(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     from dist import data_pin
-    from dist.dataset import open_dataset
+    from dist.dataset import open_one
 
-    dataset = open_dataset(options.reference)
+    dataset = open_one(options.reference)
     path = Path(options.output) if options.output else None
     folder = path.parent if path else Path.cwd()
     url = data_pin.pin_url(dataset, options.reference, folder)

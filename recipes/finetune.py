@@ -31,7 +31,6 @@ from dist.dataset import open_dataset
 from dist.deepspeed_zero import gather_with
 from dist.drain import StopFlag, stop_requests
 from dist.errors import run_main
-from dist.examples import as_rows
 from dist.gradient_scaler import GradientScaler
 from dist.guard import Guard, GuardConfig, check_guard
 from dist.hf_weights import HfWeights
@@ -68,6 +67,7 @@ from dist.randomness import seed_micro_batch
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
 from dist.sharding import ParallelConfig, arrange, shard_fsdp
+from dist.stages import rows_of_run
 from dist.start import DataConfig, failure_recorded, start_run, summary_line
 from dist.strategies import LeydenEnvironment, make_strategy
 from dist.training import decide_numerics, end_of_run, main_of, run_callbacks
@@ -86,7 +86,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     """The dataset."""
     switch_data: str = ""
-    """Go on with this version, derived from the run's by `leyden prep quarantine`: URL@DIGEST."""
+    """Go on with this version, derived from the run's by `leyden prep quarantine`: URL@DIGEST;
+    with data.sources NAME=URL@DIGEST, several with commas between."""
     base: causal_lm.BaseConfig = field(default_factory=causal_lm.BaseConfig)
     """The model to start from."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -296,7 +297,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
     with failure_recorded(run, start.attempt, ranks):
         # Data: from the sample where the run stands.
         opened = open_dataset(start.data, config.data.cache())
-        dataset = as_rows(opened, config.data.packing, config.data.seq_len)
+        dataset = rows_of_run(run, opened, config.data)
         schema = dataset.schema
         on_rank_zero(lambda: causal_lm.check_data(base, dataset))
         state = OrderState(

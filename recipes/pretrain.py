@@ -29,7 +29,6 @@ from dist.dataset import open_dataset
 from dist.deepspeed_zero import gather_with
 from dist.drain import StopFlag, stop_requests
 from dist.errors import run_main
-from dist.examples import as_rows
 from dist.gradient_scaler import GradientScaler
 from dist.guard import Guard, GuardConfig, check_guard
 from dist.initialise import materialise
@@ -55,6 +54,7 @@ from dist.randomness import seed_micro_batch
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
 from dist.sharding import ParallelConfig, arrange, shard_fsdp
+from dist.stages import rows_of_run
 from dist.start import DataConfig, failure_recorded, start_run, summary_line
 from dist.strategies import LeydenEnvironment, make_strategy
 from dist.training import MAY_CHANGE, decide_numerics, end_of_run, main_of, run_callbacks
@@ -70,7 +70,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     """The dataset."""
     switch_data: str = ""
-    """Go on with this version, derived from the run's by `leyden prep quarantine`: URL@DIGEST."""
+    """Go on with this version, derived from the run's by `leyden prep quarantine`: URL@DIGEST;
+    with data.sources NAME=URL@DIGEST, several with commas between."""
     model: llama.ModelConfig = field(default_factory=llama.ModelConfig)
     """The model; its vocabulary and sequence length are the dataset's."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -242,7 +243,7 @@ def run(config: Config, ranks: Ranks, stack: ExitStack) -> int:
     with failure_recorded(run, start.attempt, ranks):
         # Data: from the sample where the run stands.
         opened = open_dataset(start.data, config.data.cache())
-        dataset = as_rows(opened, config.data.packing, config.data.seq_len)
+        dataset = rows_of_run(run, opened, config.data)
         schema = dataset.schema
         state = OrderState(
             data_digest=dataset.data_digest, seed=config.seed, batch=config.global_batch

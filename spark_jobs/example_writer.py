@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dist.commit import publish_shard
-from dist.example_file import Example, ExampleShardWriter
+from dist.example_file import Example
+from dist.example_shards import ExampleShards, ExamplesMade
 from dist.storage import Storage
 
 
@@ -59,58 +58,38 @@ class ExampleBucketWriter:
     """Writes one bucket's examples into shards; its state is the open shard."""
 
     def __init__(self, bucket: int, plan: ExamplePlan, scratch: Path, paths: list[str]) -> None:
-        self.bucket, self._plan, self._scratch = bucket, plan, scratch
-        self._storage = Storage(plan.output)
-        self._writer: ExampleShardWriter | None = None
-        self._k = 0
-        self._facts: Counter[str] = Counter()
-        self._lengths: list[int] = []
+        self.bucket, self._k = bucket, 0
+        self._open = ExampleShards(
+            Storage(plan.output), scratch / f"{bucket}.arrow", rows_per_batch=plan.rows_per_batch,
+            max_tokens=plan.max_tokens,
+        )  # fmt: skip
 
     def add(self, rows: pa.RecordBatch) -> Iterator[dict[str, Any]]:
         """Write rows of ROW_SCHEMA; yields the message of each shard that they filled."""
         columns = [rows.column(name).to_pylist() for name in ("input", "offset", "tokens")]
         for number, offset, payload in zip(*columns, strict=True):
-            example = example_of(payload, number, offset)
-            held = self._writer.num_tokens if self._writer is not None else 0
-            if held and held + len(example.tokens) > self._plan.max_tokens:
-                yield self._publish()
-            self._write(example)
+            made = self._open.add(example_of(payload, number, offset))
+            if made is not None:
+                yield self._message(made)
 
     def close(self) -> Iterator[dict[str, Any]]:
         """Yields the message of the last shard."""
-        if self._writer is not None:
-            yield self._publish()
+        made = self._open.close()
+        if made is not None:
+            yield self._message(made)
 
-    def _write(self, example: Example) -> None:
-        if self._writer is None:
-            self._writer = ExampleShardWriter(
-                self._path, metadata={}, rows_per_batch=self._plan.rows_per_batch
-            )
-        self._writer.write(example)
-        self._facts["documents"] += 1
-        self._facts["tokens"] += len(example.tokens)
-        self._lengths.append(len(example.tokens))
-        self._facts["targets"] += example.num_targets
-
-    @property
-    def _path(self) -> Path:
-        return self._scratch / f"{self.bucket}-{self._k}.arrow"
-
-    def _publish(self) -> dict[str, Any]:
-        assert self._writer is not None
-        shard = self._writer.close()
-        publish_shard(self._storage, self._path, shard.xxh3_128, shard.bytes)
-        self._path.unlink()
+    def _message(self, made: ExamplesMade) -> dict[str, Any]:
         message = {
             "bucket": self.bucket,
             "k": self._k,
-            "name": f"{shard.xxh3_128}.arrow",
-            "digest": shard.xxh3_128,
-            "rows": shard.rows,
-            "bytes": shard.bytes,
-            **{name: self._facts[name] for name in ("documents", "tokens", "targets")},
-            "lengths": np.array(self._lengths, "<u4").tobytes(),
+            "name": made.name,
+            "digest": made.file.xxh3_128,
+            "rows": made.file.rows,
+            "bytes": made.file.bytes,
+            "documents": made.file.rows,
+            "tokens": int(made.lengths.sum(dtype=np.int64)),
+            "targets": made.targets,
+            "lengths": made.lengths.astype("<u4").tobytes(),
         }
-        self._writer, self._facts, self._k = None, Counter(), self._k + 1
-        self._lengths = []
+        self._k += 1
         return message

@@ -5,8 +5,8 @@
 
 No Spark is started: only the shards that hold such rows are written anew, all others are taken
 as they are. The rows that stay keep their order, so that a run can go on in its own order. Of
-examples, all that share the rows are left out; what is left would be packed into other rows, so a
-run goes on only where an example is a row (data.packing padded).
+examples, all that share the rows are left out: a run that packs goes on with its own rows, as far
+as they are left, while a new run packs what is left anew.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dist.bundle import read_bundle, read_bundle_config
+from dist.bundle import open_bundle_data, read_bundle, read_bundle_config
+from dist.checked_shards import checked_path
 from dist.commit import (
     commit_dataset,
     find_job,
@@ -33,13 +34,14 @@ from dist.commit import (
     target_lease,
 )
 from dist.config import parse_config
-from dist.dataset import MIXED, Dataset, MixedDataset, open_dataset
+from dist.dataset import Dataset, MixedDataset
 from dist.errors import ConfigError, run_main
 from dist.example_file import ExampleShard, ExampleShardWriter
 from dist.example_lengths import lengths_file
-from dist.examples import ExampleDataset, ExampleSplit, rows_as_trained
+from dist.examples import ExampleDataset, ExampleSplit
 from dist.manifest import TOTALS, Shard, digest_of
 from dist.packing import PackedRows, num_targets
+from dist.references import MIXED
 from dist.shard_file import PackedShard, PackedShardWriter, ShardFile
 from dist.storage import Storage
 from dist.versions import code_version
@@ -117,9 +119,10 @@ def run(config: Config) -> str:
                 "ended": time.time(),
             }  # fmt: skip
             done = commit_dataset(storage, manifest, provenance, job, lease)
-    then = f"a run goes on with --switch_data {storage.url}@{done[:12]}"
-    if isinstance(parent, ExampleDataset) and parent.packing == "packed":
-        then = f"packed rows change: begin a run with --data.url {storage.url}@{done[:12]}"
+    name = f"{config.source}=" if config.source else ""
+    then = f"a run goes on with --switch_data {name}{storage.url}@{done[:12]}"
+    if name and isinstance(parent, ExampleDataset) and parent.packing == "packed":
+        then = "of a mixture packed rows change: add it as a source of its own"
     what = "examples" if isinstance(parent, ExampleDataset) else "rows"
     print(f"{storage.url}@{done}: {len(removed)} {what} of {parent.reference} left out; {then}")
     return done
@@ -135,7 +138,7 @@ def chosen(config: Config, record: dict[str, Any]) -> tuple[Dataset, list[int]]:
         raise ConfigError(f"--{name} {value}: the run of the bundle trains on {many}; leave it out")
     if config.data:
         reference = f"{config.data.partition('@')[0]}@{reference.rpartition('@')[2]}"
-    dataset = rows_as_trained(open_dataset(reference), read_bundle_config(config.bundle))
+    dataset = open_bundle_data(record, reference, read_bundle_config(config.bundle))
     if not isinstance(dataset, MixedDataset):
         return dataset, sorted({row["row"] for row in rows})
     counts = Counter(row["source"] for row in rows)
@@ -188,7 +191,7 @@ def write_shards(parent: Dataset, storage: Storage, records: Records) -> tuple[l
     shards = []
     with tempfile.TemporaryDirectory(prefix="leyden-quarantine-") as scratch:
         for shard in parent.manifest.shards:
-            path = parent.shard_path(shard)
+            path = checked_path(parent, shard)
             if shard.split != "train" or shard.name not in by_shard:
                 publish_shard(storage, path, shard.xxh3_128, shard.bytes)
                 shards.append(shard)
@@ -252,13 +255,11 @@ def _without_examples(
 
 def read_rows(shard: PackedShard, rows: Any) -> PackedRows:
     """Rows (k,) of a shard with their pieces."""
-    tokens = np.empty((len(rows), shard.seq_len + 1), shard.dtype)
-    shard.gather(rows, tokens)
     lineage = [shard.lineage(row) for row in rows.tolist()]
     pieces = np.array([one for row in lineage for one in row], np.int64).reshape(-1, 3)
     splits = np.cumsum([0] + [len(row) for row in lineage]).astype(np.int64)
     return PackedRows(
-        tokens=tokens, row_splits=splits, doc_lens=pieces[:, 2].astype(np.int32),
+        tokens=shard.gather(rows).tokens, row_splits=splits, doc_lens=pieces[:, 2].astype(np.int32),
         doc_input=pieces[:, 0].astype(np.int32), doc_offset=pieces[:, 1],
     )  # fmt: skip
 

@@ -20,12 +20,14 @@ _LEAKS = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of many minutes run where they are asked for: -m slurm_long, `make test-slurm`."""
-    if "slurm_long" in str(config.option.markexpr):
-        return
-    long = [item for item in items if item.get_closest_marker("slurm_long")]
-    config.hook.pytest_deselected(items=long)
-    items[:] = [item for item in items if item not in long]
+    """Tests of many minutes run where they are asked for: -m slurm_long, `make test-slurm`; further
+    seeds and combinations by `make test-all`."""
+    left_out = {"slurm_long"} - set(str(config.option.markexpr).split())
+    if not os.environ.get("LEYDEN_ALL_CELLS"):
+        left_out.add("all_cells")
+    deselected = [one for one in items if any(map(one.get_closest_marker, left_out))]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(autouse=True)

@@ -50,7 +50,8 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "gpu.json").read_text())
     case = record["bf16-mixed"]
-    assert case["tokens_per_s"] > 0 and 0 < case["mfu_causal"] <= case["mfu"] < 1
+    # The peak of a CPU is timed, so a busy one gives more than 1; a share in percent gives 50.
+    assert case["tokens_per_s"] > 0 and 0 < case["mfu_causal"] <= case["mfu"] < 10
     assert case["peak_memory_bytes"] > case["plan"]["peak_bytes"] > 0
     assert len(case["top_costs"]) == 10 and Path(case["trace"]).is_file()
     assert "| bf16-mixed | " in done.stdout and "aten::" in done.stdout

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dist.attention
 from dist.attention import Packed, block_mask, packed_attention
-from dist.batch import Batch, make_batches
+from dist.batch import Batch, documents_of, make_batches
 from dist.initialise import materialise
 from recipes import llama
 
@@ -31,7 +31,8 @@ def make_batch(rows: list[list[np.ndarray]]) -> Batch:
         tokens[i, : len(flat)] = flat
     lens = np.array([len(d) for documents in rows for d in documents], np.int32)
     splits = np.cumsum([0, *map(len, rows)])
-    return make_batches(tokens, np.arange(len(rows)), lens, splits, len(rows))[0]
+    documents = documents_of(lens, splits, SEQ_LEN + 1, len(rows))
+    return make_batches(tokens, np.arange(len(rows)), documents)[0]
 
 
 def make_documents() -> list[np.ndarray]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist.batch import make_batches
+from dist.batch import documents_of, make_batches
 
 
 @st.composite
@@ -32,7 +32,8 @@ def test_documents_equal_a_loop_over_tokens(packed: tuple[int, list[list[int]]])
     tokens = np.arange(len(rows) * (seq_len + 1), dtype=np.uint16).reshape(len(rows), -1)
     lens = np.array([n for pieces in rows for n in pieces], np.int32)
     splits = np.cumsum([0, *map(len, rows)])
-    batches = make_batches(tokens, np.arange(len(rows)), lens, splits, 2)
+    documents = documents_of(lens, splits, seq_len + 1, 2)
+    batches = make_batches(tokens, np.arange(len(rows)), documents)
     assert torch.equal(torch.cat([b.tokens for b in batches]), torch.from_numpy(tokens))
     assert [row for b in batches for row in b.rows.tolist()] == list(range(len(rows)))
     for number, batch in enumerate(batches):

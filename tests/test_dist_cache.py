@@ -15,8 +15,9 @@ from dist import cache as cache_module
 from dist import cache_folder
 from dist.cache import CacheConfig, NodeCache, node_cache
 from dist.errors import SetupError
-from dist.file_locks import Members, Slots, is_locked, locked
+from dist.file_locks import Slots, is_locked, locked
 from dist.manifest import Shard
+from dist.members import Members
 from dist.storage import Storage
 from tests.http_server import FolderServer, serve
 from tests.remote_shards import make_shards, process
@@ -173,6 +174,24 @@ def test_the_limit_holds_and_the_coldest_goes(
     assert names(tmp_path / "cache", "arrow") == {shards[1].xxh3_128, shards[9].xxh3_128}
 
 
+def test_a_shard_is_warm_from_the_moment_it_is_used(
+    server: FolderServer, shards: list[Shard], tmp_path: Path
+) -> None:
+    """A process killed while it uses a shard: the next one evicts first what was used last."""
+    cache, other = NodeCache(tmp_path / "cache", 2 * SIZE + 100), Storage(server.url)
+    for shard in shards[:2]:
+        cache.acquire(other, shard).release()
+    locks = [cache.folder.file(shard, "lock") for shard in shards]
+    # Found there, and fetched where an older lock's file lies: both are uses.
+    os.utime(locks[0], (1, 1))
+    with cache.acquire(other, shards[0]):
+        assert locks[0].stat().st_mtime > 1
+    locks[2].touch()
+    os.utime(locks[2], (1, 1))
+    with cache.acquire(other, shards[2]):
+        assert locks[2].stat().st_mtime > 1
+
+
 def test_what_another_process_maps_stays(
     server: FolderServer, shards: list[Shard], tmp_path: Path
 ) -> None:
@@ -218,7 +237,7 @@ def test_a_limit_below_a_shard_is_named(
     with pytest.raises(SetupError, match="for each of 2 processes.*needs 20 kB at least"):
         two.acquire(Storage(server.url), shards[0])
     one.close()
-    two.folder.members._counted_at = 0.0
+    two.folder.members.recount()
     two.acquire(Storage(server.url), shards[0]).release()
 
 
@@ -270,7 +289,7 @@ def test_two_runs_share_the_limit(
 
     one.holders.append(give)
     two = NodeCache(tmp_path / "cache", limit)
-    one.folder.members._counted_at = 0.0
+    one.folder.members.recount()
     assert one.share_bytes == two.share_bytes == limit // 2
     one.keep_to_share()  # as a loader does at each step
     assert len(held) == 2
@@ -374,7 +393,7 @@ def test_members_are_live_processes(tmp_path: Path) -> None:
     two = Members(tmp_path, tmp_path / "guard")
     assert one.count() == two.count() == 2
     two.leave()
-    one._counted_at = 0.0
+    one.recount()
     assert one.count() == 1
 
 

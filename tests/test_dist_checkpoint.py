@@ -315,11 +315,11 @@ def test_ranks_agree_that_a_save_failed(tmp_path: Path) -> None:
     outcomes = run_ranks(save_beside_collectives, 2, 240, tmp_path)
     state, failures = outcomes[0]
     assert [failures] * 2 == [failures for _, failures in outcomes]
-    space = os.strerror(errno.ENOSPC)
+    space, todo = os.strerror(errno.ENOSPC), "make room, or name a place on another disk"
     assert failures == [
         "",
-        f"step-2-a0 could not be saved: rank 1: {space} (disk-of-rank-1)",
-        f"step-3-a0 could not be saved: rank 0: {space} (disk-of-rank-0)",
+        f"step-2-a0 could not be saved: rank 1: {space} (disk-of-rank-1); {todo}",
+        f"step-3-a0 could not be saved: rank 0: {space} (disk-of-rank-0); {todo}",
         "",
     ]
     assert names(tmp_path) == ["step-1-a0", "step-4-a0"]

@@ -48,7 +48,7 @@ def test_references_bind_a_version(tmp_path: Path) -> None:
     assert open_dataset(url).data_digest == second.data_digest
     assert open_dataset(f"{url}@{first.data_digest[:10]}").data_digest == first.data_digest
     assert open_dataset(first.reference).data_digest == first.data_digest
-    with pytest.raises(ConfigError, match="no version of .* start with 00000000"):
+    with pytest.raises(ConfigError, match="no version of .* starts with 00000000"):
         open_dataset(f"{url}@00000000")
     with pytest.raises(ConfigError, match="there is no LATEST"):
         open_dataset(str(tmp_path))
@@ -278,6 +278,28 @@ def test_a_dataset_can_live_on_s3(
     storage.delete(f"shards/{dataset.manifest.shards[0].name}")
     with pytest.raises(DataRefused, match="is missing"):
         check_presence(remote)
+
+
+def test_many_shards_in_a_store_are_found_by_listing(
+    dataset: Dataset, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10,000 requests one by one stand between a run and its first batch; a listing that is
+    trusted blindly hides a shard that is missing or short."""
+    storage = Storage("s3://leyden/many")
+    for shard in dataset.manifest.shards:
+        publish_shard(storage, dataset.shard_path(shard), shard.xxh3_128, shard.bytes)
+    monkeypatch.setattr("dist.commit.LISTED_ABOVE", 1)
+    asked = []
+    size = Storage.size
+    monkeypatch.setattr(Storage, "size", lambda self, name: asked.append(name) or size(self, name))
+    assert missing_files(storage, dataset.manifest) == [] and asked == []
+    first, second = dataset.manifest.shards[:2]
+    storage.delete(f"shards/{first.name}")
+    storage.write_atomic(f"shards/{second.name}", b"short")
+    assert missing_files(storage, dataset.manifest) == [
+        f"shards/{first.name} is missing",
+        f"shards/{second.name} has 5 bytes instead of {second.bytes}",
+    ]
 
 
 def test_a_copied_folder_is_the_same_dataset(dataset: Dataset, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from dist.commit import target_lease
@@ -21,11 +22,13 @@ from dist.data_import import ImportPlan, cut_after, import_tokens
 from dist.dataset import Dataset, open_dataset
 from dist.documents import read_documents
 from dist.errors import ConfigError, DataRefused, SetupError
+from dist.example_file import ExampleShard
 from dist.megatron_format import MegatronWriter
 from dist.storage import Storage
 from dist.token_source import Block
 from dist.verify import verify_full
 from tests.make_dataset import flip_byte, tokenizer_json, write_dataset
+from tests.make_examples import write_examples
 from tests.test_dist_token_formats import GOLDEN, MDS_DOCUMENTS, batch
 
 
@@ -261,7 +264,7 @@ def test_a_full_disk_leaves_nothing_half_published(
     """A manifest over cut shards, or half an export under its final name."""
     disk = small_disk("1m")
     big = write_dataset(tmp_path / "big", seq_len=512, documents=800, longest=2000)
-    with pytest.raises(SetupError, match=r"the export takes about .* GB free"):
+    with pytest.raises(SetupError, match=r"the export takes about .* free"):
         export_dataset(big, "megatron", disk / "out", progress=False)
     export_dataset(big, "megatron", tmp_path / "out", progress=False)
     plan = ImportPlan(format="megatron", source=tmp_path / "out", output=str(disk / "in"),
@@ -305,3 +308,29 @@ def test_an_import_killed_at_any_moment_goes_on(tmp_path: Path, tokenizer: Path)
     assert done.stdout.split()[-1] == dataset.data_digest
     assert dataset.manifest.totals["train"]["documents"] == 4000
     assert json.loads((output / "manifests" / f"{dataset.data_digest}.json").read_text())
+
+
+def test_examples_keep_their_masks_in_an_export(tmp_path: Path) -> None:
+    """Chats exported with every token trained, or a mask moved to a neighbour's tokens; or to a
+    format that drops the masks in silence."""
+    dataset = write_examples(tmp_path / "data", num_examples=21)
+    done = export_dataset(dataset, "hf", tmp_path / "out", progress=False)
+    assert done.documents == {"train": 42, "validation": 21}
+    for split in dataset.manifest.splits():
+        table = pq.read_table(tmp_path / "out" / "data" / f"{split}-00000-of-00001.parquet")
+        rows = iter(table.to_pylist())
+        for entry in dataset.manifest.shards_of(split):
+            shard = ExampleShard(dataset.shard_path(entry))
+            for number in range(shard.num_rows):
+                one, row = shard.read(number), next(rows)
+                labels = np.full(len(one.tokens), -100)
+                for start, stop in one.spans.tolist():
+                    labels[start:stop] = one.tokens[start:stop]
+                assert row == {
+                    "input_ids": one.tokens.tolist(), "labels": labels.tolist(),
+                    "source": f"input-{one.input}", "offset": one.offset,
+                }  # fmt: skip
+        assert next(rows, None) is None
+    for to in ("megatron", "webdataset"):
+        with pytest.raises(ConfigError, match="no place for what of them is trained"):
+            export_dataset(dataset, to, tmp_path / to, progress=False)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dist.commit import commit_dataset
-from dist.data_inspect import _batches, facts_of, sample_rows, scan, scan_facts, unread
+from dist.data_inspect import _batches, facts_of, scan, scan_facts, unread
 from dist.data_page import page_of
+from dist.data_samples import sample_rows
 from dist.dataset import Dataset, open_dataset
 from dist.documents import read_documents
 from dist.example_file import ExampleShard
@@ -142,6 +143,22 @@ def test_the_page_asks_nothing_of_anybody(dataset: Dataset) -> None:
     assert dataset.data_digest in page
 
 
+def test_the_page_marks_what_is_trained(tmp_path: Path) -> None:
+    """A page of chats that does not tell a mask; that claims a padding which a run decides; a mark
+    that lets markup of the data through."""
+    dataset = write_examples(tmp_path / "data", num_examples=5)
+    samples = {"train": sample_rows(dataset, "train", 3)}
+    row = samples["train"][0]
+    assert row["targets"] and row["padding"] == 0
+    (trained, *_) = (run for run in row["runs"] if run["trained"])
+    trained["text"] = "<b>so</b>"
+    said = scan_facts(scan(dataset), dataset.read_tokenizer())
+    page = page_of(facts_of(dataset), scan(dataset), said, samples, "")
+    assert "<mark>&lt;b&gt;so&lt;/b&gt;</mark>" in page and "<b>so" not in page
+    assert f"{row['targets']} of them trained" in page
+    assert "<span>padding</span>" not in page and "of padding" not in page
+
+
 def test_rows_that_are_not_read_are_said_so() -> None:
     """A traceback for a remote dataset, or for a kind that came later."""
     local = write_dataset("memory://inspect/data")
@@ -179,6 +196,9 @@ def test_examples_are_scanned_and_sampled(tmp_path: Path) -> None:
         for row in rows:
             (piece,) = row["pieces"]
             assert row["trained"] == trained[piece["input"], piece["offset"]]
+            assert row["targets"] > 0 and row["turns"] > 1
+            assert sum(run["tokens"] for run in row["runs"]) == piece["tokens"]
+            assert row["targets"] == sum(run["tokens"] for run in row["runs"] if run["trained"])
 
 
 @pytest.mark.parametrize("kind", ["packed_tokens", "examples"])
@@ -210,6 +230,7 @@ def test_a_remote_dataset_is_told_of_by_its_manifest(
         assert f"rows {rows[0]:,} -> {rows[1]:,}" in said
         assert "is remote, and its rows are not read" in said
         assert fetched == {one.path for one in server.gets if one.path.startswith("/shards/")}
-    old = write_examples(tmp_path / "old", with_lengths=False)
-    with serve(old.storage.url) as server:
-        assert "--samples 0" in unread(open_dataset(server.url))
+    old = write_examples(tmp_path / "old", with_lengths=False, seed=5)
+    with serve(old.storage.url) as server:  # without a table of lengths
+        assert data.main(["inspect", server.url, "--samples", "1"]) == 0
+        assert len({one.path for one in server.gets if one.path.startswith("/shards/")}) == 2

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dist.batch_hashes import damaged_batches
 from dist.errors import DataRefused
 from dist.example_file import Example, ExampleShard, ExampleShardWriter, example_rows_per_batch
-from dist.shard_file import PackedShard, ShardFile, bad_batches, file_digest
+from dist.shard_file import PackedShard, ShardFile, file_digest
 from tests.make_dataset import flip_byte
 from tests.make_examples import random_example
 
@@ -98,7 +99,7 @@ def test_what_the_test_data_makes_is_valid(seed: int) -> None:
 def test_damage_is_placed_and_kinds_are_told_apart(tmp_path: Path) -> None:
     """Examples read as packed rows would train on nonsense; damage must name its record batch."""
     write(tmp_path / "shard")
-    assert bad_batches(tmp_path / "shard") == []
+    assert damaged_batches(tmp_path / "shard") == []
     size = (tmp_path / "shard").stat().st_size
     shard = ExampleShard(tmp_path / "shard")
     needle = shard.example_tokens(9).tobytes()
@@ -106,7 +107,7 @@ def test_damage_is_placed_and_kinds_are_told_apart(tmp_path: Path) -> None:
     at = (tmp_path / "shard").read_bytes().index(needle)
     assert 0 < at < size
     flip_byte(tmp_path / "shard", at)
-    assert bad_batches(tmp_path / "shard") == [1]
+    assert damaged_batches(tmp_path / "shard") == [1]
     with pytest.raises(DataRefused, match=r"leyden\.examples\.v1"):
         PackedShard(tmp_path / "shard")
 

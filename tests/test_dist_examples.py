@@ -14,6 +14,7 @@ from dist.batch import Batch
 from dist.dataset import Dataset, open_dataset
 from dist.errors import ConfigError, DataRefused
 from dist.example_file import Example, ExampleShard
+from dist.example_gather import gather_examples
 from dist.examples import ExampleDataset, as_rows
 from dist.loader import LoaderPlan, TokenLoader
 from dist.order import Order, SequentialOrder
@@ -95,6 +96,15 @@ def test_masks_are_exactly_the_spans(dataset: Dataset, packing: str) -> None:
             targets += int(expected.sum())
     assert sorted(seen) == sorted(whole)
     assert targets == dataset.manifest.totals["train"]["targets"]
+
+
+def test_a_row_too_long_is_refused_not_written_past_its_end(dataset: Dataset) -> None:
+    """Examples are copied by address: past a row's end lie other rows, then another's memory."""
+    split = rows(dataset).split("train")
+    shard = split.open_shard(0, dataset.shard_path(split.shards[0]))
+    every = np.arange(shard.num_rows)
+    with pytest.raises(DataRefused, match=f"a row of {WIDTH - 10} tokens would get"):
+        gather_examples([shard], np.zeros_like(every), every, WIDTH - 10)
 
 
 def test_packed_rows_waste_less(dataset: Dataset) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed
 
+from dist.agreement import Agreement
+from dist.batch_layout import StepRows, Steps
 from dist.dataset import Dataset, open_dataset
 from dist.errors import DataRefused
 from dist.loader import (
-    Agreement,
+    GATHERED_STEPS,
     Batch,
     LoaderPlan,
     TokenLoader,
@@ -20,6 +26,7 @@ from dist.loader import (
 )
 from dist.mesh import PeerFailed, host_group
 from dist.order import Order, SequentialOrder
+from dist.step_gather import STEPS_TOGETHER, StepGatherer
 from dist.verify import ShardVerifier
 from tests.make_dataset import flip_byte, write_dataset
 from tests.run_ranks import run_ranks
@@ -118,15 +125,73 @@ def test_a_flipped_byte_is_never_delivered(tmp_path: Path) -> None:
         next(iter(loader))
 
 
-def test_leaving_early_ends_the_thread(dataset: Dataset) -> None:
+def test_damage_fails_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are gathered together: one that cannot be read must not take good ones with it, or a
+    run dies up to 16 steps before the damage, and a bundle is made of the wrong one."""
+    dataset = write_dataset(tmp_path / "d", seq_len=SEQ_LEN, num_train_shards=6)
+    table = dataset.split("train")
+    plan = LoaderPlan(batch=3, micro_batch=2, end_t=table.num_rows)
+    order, damaged = SequentialOrder(table.num_rows), len(table.shards) - 1
+    flip_byte(dataset.shard_path(table.shards[damaged]), 1000)
+    together: list[int] = []
+    begin = StepGatherer._begin
+
+    def counted(self: StepGatherer, steps: list[StepRows], plan: Steps) -> Any:
+        together.append(len(steps))
+        return begin(self, steps, plan)
+
+    monkeypatch.setattr(StepGatherer, "_begin", counted)
+    verifier, seen = ShardVerifier(dataset, table, tmp_path / "stamps"), list[Batch]()
+    with (
+        TokenLoader(dataset, table, order, plan, verifier=verifier) as loader,
+        pytest.raises(DataRefused, match=table.shards[damaged].xxh3_128),
+    ):
+        seen.extend(loader)
+    assert max(together) > 1
+    whole = int(table.row_start[damaged]) // 3
+    assert [one.step for one in seen if one.ends_step] == list(range(whole))
+
+
+@pytest.mark.parametrize("agree", [None, Agreement(None)])
+def test_leaving_early_ends_the_threads(dataset: Dataset, agree: Agreement | None) -> None:
     """A consumer that breaks off must not leave a thread waiting for room."""
-    loader = make_loader(dataset, LoaderPlan(batch=4, micro_batch=2))
+    table, plan = dataset.split("train"), LoaderPlan(batch=4, micro_batch=2)
+    loader = TokenLoader(dataset, table, Order(table.num_rows, 0), plan, agree=agree)
     iterator = iter(loader)
     next(iterator)
-    assert any(thread.name == "gather" for thread in threading.enumerate())
+    expected = {"gather"} if agree is None else {"gather", "agree"}
+    names = {thread.name for thread in threading.enumerate()}
+    assert names & {"gather", "agree"} == expected
     loader.close()
-    assert not any(thread.name == "gather" for thread in threading.enumerate())
+    names = {thread.name for thread in threading.enumerate()}
+    assert not names & {"gather", "agree", "copy"}
     assert list(iterator) == []
+
+
+def test_a_script_that_forgets_to_close_ends_well(dataset: Dataset) -> None:
+    """A thread that gathers while the interpreter ends aborts the process, once in ten times."""
+    script = f"""
+import atexit, threading
+names = {{"gather", "agree", "copy"}}
+left = lambda: names & {{one.name for one in threading.enumerate()}}
+atexit.register(lambda: print("at the end:", left()))  # first registered, called last
+from dist.agreement import Agreement
+from dist.dataset import open_dataset
+from dist.loader import LoaderPlan, TokenLoader
+from dist.order import Order
+dataset = open_dataset({dataset.storage.url!r})
+table = dataset.split("train")
+plan = LoaderPlan(batch=4, micro_batch=4)
+loaders = [
+    TokenLoader(dataset, table, Order(table.num_rows, 0), plan, agree=agree)
+    for agree in (None, Agreement(None))
+]
+batches = [next(iter(loader)) for loader in loaders]
+print("meanwhile:", sorted(left()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    said = (done.returncode, done.stdout.splitlines(), done.stderr)
+    assert said == (0, ["meanwhile: ['agree', 'gather']", "at the end: set()"], "")
 
 
 def test_asked_twice_before_the_first_batch_starts_one_thread(dataset: Dataset) -> None:
@@ -150,17 +215,48 @@ def test_asked_twice_before_the_first_batch_starts_one_thread(dataset: Dataset) 
     assert Counted.steps == 5
 
 
-def test_a_stop_request_ends_after_an_agreed_step(dataset: Dataset) -> None:
+@pytest.mark.parametrize("agree", [None, Agreement(None)])
+def test_a_stop_request_ends_after_an_agreed_step(
+    dataset: Dataset, agree: Agreement | None
+) -> None:
     """The step that all ranks stop after is in the data, so that none goes on alone."""
     table = dataset.split("train")
     asked = iter([False, False, True])
     loader = TokenLoader(
         dataset, table, Order(table.num_rows, 0), LoaderPlan(batch=2, micro_batch=1),
-        agree=Agreement(None), stop_requested=lambda: next(asked),
+        agree=agree, stop_requested=lambda: next(asked),
     )  # fmt: skip
     with loader:
         found = [(b.step, b.stop) for b in loader]
     assert found == [(0, False), (0, False), (1, False), (1, False), (2, True), (2, True)]
+
+
+def test_rows_are_gathered_while_the_consumer_computes(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is slow for some milliseconds would be waited for in each small step, were the
+    next step gathered only when it is asked for; without a bound all of the data would be."""
+    gathered: list[int] = []
+    begin = StepGatherer._begin
+
+    def counted(self: StepGatherer, steps: list[StepRows], plan: Steps) -> Any:
+        gathered.extend(one.step for one in steps)
+        return begin(self, steps, plan)
+
+    monkeypatch.setattr(StepGatherer, "_begin", counted)
+    table = dataset.split("train")
+    plan = LoaderPlan(batch=4, micro_batch=4)
+    loader = TokenLoader(dataset, table, Order(table.num_rows, 3), plan, agree=Agreement(None))
+    with loader:
+        next(iter(loader))
+        deadline = time.monotonic() + 20
+        while len(gathered) < GATHERED_STEPS and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)
+    # What waits, one that is agreed on, one that was taken, one waiting; and those that find no
+    # room, as many as were gathered together, with the next ones begun.
+    assert GATHERED_STEPS <= len(gathered) <= GATHERED_STEPS + 2 * STEPS_TOGETHER + 3
+    assert gathered == list(range(len(gathered)))
 
 
 def test_planned_shards_lists_each_once_in_order_of_use(dataset: Dataset) -> None:

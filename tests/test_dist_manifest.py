@@ -83,6 +83,7 @@ def test_identity_ignores_the_order_of_dicts_but_not_of_shards() -> None:
         (changed(kind=["examples"]), "wrong type"),
         (changed(tokenizer_digest="../x"), "not a SHA-256"),
         (changed(shards=[]), "no shard"),
+        (changed(shards=5), "not a list"),
         (changed(shards=[7]), "not an object"),
         (changed(schema={}), "schema holds"),
         (changed(totals={}), "totals name"),

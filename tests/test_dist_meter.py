@@ -149,16 +149,16 @@ def slow_data(rank: int, victim: int) -> None:
     """One rank's loader takes 0.2 s a row."""
     import time
 
-    from dist.shard_file import PackedShard
+    from dist import step_gather
 
-    original = PackedShard.read_row
+    original = step_gather.gather_rows
 
-    def read_row(self: Any, *args: Any) -> Any:
+    def gather_rows(shards: Any, which: Any, rows: Any, *args: Any) -> Any:
         if rank == victim:
-            time.sleep(0.2)
-        return original(self, *args)
+            time.sleep(0.2 * len(rows))
+        return original(shards, which, rows, *args)
 
-    PackedShard.read_row = read_row  # type: ignore[method-assign]
+    step_gather.gather_rows = gather_rows
 
 
 def test_a_run_is_metered_and_a_slow_rank_is_seen_by_all(dataset: Dataset, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from dist.batch_layout import batch_rows
 from dist.errors import ConfigError
-from dist.mixture import NEVER, MixedOrder, Mixture, integer_weights, pattern_of, with_stage
+from dist.mixed_order import MixedOrder
+from dist.mixture import NEVER, Mixture, integer_weights, pattern_of, with_stage
 from dist.order import Order, OrderState, rank_span
 from dist.skips import SkippingOrder, Skips
 from dist.windowed import WindowedOrder

@@ -46,3 +46,22 @@ def test_a_terminal_gets_a_bar(
         bar.update(5, note="half")
         bar.set(7, total=20)
     assert "pack" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "said"),
+    [
+        (0.24, 0.24, "0.2/0.2 MB (100 %)"),
+        (0, 1.5, "0.0/1.5 MB (0 %)"),
+        (3, 10, "3/10 MB (30 %)"),
+        (99.6, 12_345.6, "100/12,346 MB (1 %)"),
+        (7.25, None, "7.2 MB"),
+    ],
+)  # fmt: skip
+def test_amounts_of_any_size_can_be_read(
+    done: float, total: float | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A total rounded to nothing: `verify: 0.2/0 MB`."""
+    with Progress("verify", total, "MB") as bar:
+        bar.set(done)
+    assert capsys.readouterr().err.startswith(f"verify: {said}, ")

@@ -148,14 +148,15 @@ def _moves_latest(rank: int, root: str, digest: str, die_at: int) -> None:
     """On rank 0, two steps before rank 1 dies: another job commits."""
     from dist.loader import TokenLoader
 
-    gather = TokenLoader._gather_step
+    agree = TokenLoader._may_agree
 
-    def gather_and_move(self: Any, number: int, t0: int, t1: int) -> Any:
-        if rank == 0 and number == die_at - 2 and self.split.name == "train":
+    def agree_and_move(self: Any, batches: Any, channel: Any) -> bool:
+        found = agree(self, batches, channel)
+        if rank == 0 and batches and batches[0].step == die_at - 2 and self.split.name == "train":
             Storage(root).write_atomic("LATEST", digest.encode() + b"\n")
-        return gather(self, number, t0, t1)
+        return found
 
-    TokenLoader._gather_step = gather_and_move  # type: ignore[method-assign]
+    TokenLoader._may_agree = agree_and_move  # type: ignore[method-assign]
     _die_at(rank, die_at)
 
 

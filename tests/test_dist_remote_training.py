@@ -114,17 +114,18 @@ def _reach_s3(rank: int, settings: dict[str, str]) -> None:
 
 
 def _die_at(rank: int, step: int) -> None:
-    """Rank 1 is killed by SIGKILL when it is about to gather a step."""
+    """Rank 1 is killed by SIGKILL when the ranks are about to agree on a step."""
     from dist.loader import TokenLoader
 
-    gather = TokenLoader._gather_step
+    agree = TokenLoader._may_agree
 
-    def gather_or_die(self: Any, number: int, t0: int, t1: int) -> Any:
-        if rank == 1 and number == step and self.split.name == "train":
+    def agree_or_die(self: Any, batches: Any, channel: Any) -> bool:
+        found = agree(self, batches, channel)
+        if rank == 1 and batches and batches[0].step == step and self.split.name == "train":
             os.kill(os.getpid(), signal.SIGKILL)
-        return gather(self, number, t0, t1)
+        return found
 
-    TokenLoader._gather_step = gather_or_die  # type: ignore[method-assign]
+    TokenLoader._may_agree = agree_or_die  # type: ignore[method-assign]
 
 
 def test_kill_and_resume_from_a_url(
@@ -340,6 +341,15 @@ def test_the_cost_of_a_global_order_is_said(remote: Dataset, local: Dataset) -> 
     assert "again and again: set data.cache_gb" in " ".join(remote_notes(small))
 
 
+def test_a_cache_that_nodes_share_is_warned_of(
+    remote: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache in a home folder on NFS: every node hashes what every other one fetched."""
+    assert "lies on" not in " ".join(remote_notes(remote, "windowed"))
+    monkeypatch.setattr(open_shards, "network_file_system", lambda _: "NFS")
+    assert "that cache lies on NFS" in " ".join(remote_notes(remote, "windowed"))
+
+
 def test_a_loader_of_a_run_fetches_while_the_model_is_made(remote: Dataset, tmp_path: Path) -> None:
     """fetch_ahead() that training_loader forgets, or pins that outlive the run."""
     with ExitStack() as stack:
@@ -414,6 +424,27 @@ def test_pins_follow_the_steps(remote: Dataset, monkeypatch: pytest.MonkeyPatch)
     finally:
         ahead.close()
     assert remote.cache.held_bytes == 0
+
+
+def test_a_reader_leaves_half_of_the_share_to_what_is_fetched_ahead(
+    remote: Dataset, tmp_path: Path
+) -> None:
+    """Maps of what was read that fill the cache: nothing can be fetched ahead any more, and a
+    training step waits for every shard."""
+    split = remote.split("train")
+    largest = max(shard.bytes for shard in split.shards)
+    config = CacheConfig(folder=str(tmp_path / "small"), limit_gb=6.5 * largest / 1e9)
+    small = dataclasses.replace(remote, cache_config=config)
+    opened = open_shards.OpenShards(small, small.split("train"), None)
+    most = 0
+    for number in range(len(split.shards)):
+        mapped = opened.get(number)
+        assert opened.get(number) is mapped
+        assert small.cache.held_bytes <= small.cache.share_bytes // 2
+        most = max(most, small.cache.held_bytes)
+    assert most > 2 * largest, "what was read a moment ago is kept"
+    assert small.cache.folder.evicted
+    opened.end()
 
 
 def test_pins_last_as_long_as_they_are_needed(remote: Dataset) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from dist.batch_hashes import damaged_batches
 from dist.errors import DataRefused
 from dist.packing import PackedRows, Packer
 from dist.shard_file import (
     PackedShard,
     PackedShardWriter,
     ShardFile,
-    bad_batches,
     file_digest,
     rows_per_batch,
 )
@@ -93,15 +93,13 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
     shard = PackedShard(tmp_path / "shard")
     assert (shard.num_rows, shard.seq_len, shard.dtype) == (len(whole), 8, np.uint16)
     pick = np.array([len(whole) - 1, 0, 5, 4, 4])
-    out = np.zeros((5, 9), np.uint16)
-    shard.gather(pick, out)
-    assert np.array_equal(out, whole.tokens[pick])
+    assert np.array_equal(shard.gather(pick).tokens, whole.tokens[pick])
     flat, splits = shard.doc_lens(pick)
     for k, row in enumerate(pick):
         expected = whole.doc_lens[whole.row_splits[row] : whole.row_splits[row + 1]]
         assert np.array_equal(flat[splits[k] : splits[k + 1]], expected)
     assert shard.lineage(0)[0] == (0, 0, int(whole.doc_lens[0]))
-    assert bad_batches(shard.path) == []
+    assert damaged_batches(shard.path) == []
     with pytest.raises(IndexError):
         shard.lineage(len(whole))
 
@@ -123,7 +121,7 @@ def test_a_damaged_batch_is_named(tmp_path: Path) -> None:
     where = bytes(data).find(third.tokens(8, 9).tobytes())
     data[where] ^= 1
     (tmp_path / "shard").write_bytes(bytes(data))
-    assert bad_batches(tmp_path / "shard") == [2]
+    assert damaged_batches(tmp_path / "shard") == [2]
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:

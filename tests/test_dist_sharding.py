@@ -11,10 +11,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist.activation import checkpoint_blocks
+from dist.agreement import Agreement
 from dist.dataset import Dataset, open_dataset
 from dist.errors import ConfigError
 from dist.initialise import materialise
-from dist.loader import Agreement, LoaderPlan, TokenLoader
+from dist.loader import LoaderPlan, TokenLoader
 from dist.loss import loss_scale
 from dist.mesh import Layout, data_mesh, host_group, make_mesh
 from dist.order import Order

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dist.batch_layout import batch_rows
 from dist.errors import DataRefused
 from dist.order import Order
 from dist.run_dir import RunDir
 from dist.skips import SKIPPED, SkippingOrder, Skips, merge_ranges, read_skipped
+from dist.windowed import WindowedOrder
 
 RANGES = st.lists(
     st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda one: [one[0], one[0] + one[1]]),
@@ -53,6 +55,33 @@ def test_a_range_changes_nothing_before_it() -> None:
     t = np.arange(38)
     assert (before.to_stream(t) == after.to_stream(t)).all()
     assert after.to_stream(np.array([38])).tolist() == [48]
+
+
+def test_a_rollback_moves_no_lane_to_another_rank() -> None:
+    """After a skip of 5 positions the rank of a lane reads the next one's shards: every node then
+    fetches what another has, to the end of the run."""
+    lanes, batch = 4, 16
+    row_start = np.arange(0, 601, 10)
+    order = WindowedOrder(row_start, 3, lanes=lanes, block_rows=25)
+    skipping = SkippingOrder(order, Skips([[37, 42], [200, 203]]))
+    assert skipping.lanes == lanes
+    for t0 in (0, 16, 32, 48, 160, 192, 208, 400):
+        p = skipping.skips.to_stream(np.arange(t0, t0 + batch))
+        whole = int(p[-1] - p[0]) == batch - 1  # no skip within: each rank has its lane alone
+        taken = []
+        for rank in range(lanes):
+            lo, hi = rank * batch // lanes, (rank + 1) * batch // lanes
+            epoch, rows = batch_rows(skipping, t0, t0 + batch, lo, hi)
+            assert not epoch.any()
+            at = order.positions(rows, 0)
+            taken.append(at)
+            if whole:
+                assert set((at % lanes).tolist()) == {rank}
+            live = skipping.live_shards(t0, [rank])
+            assert live.tolist() == order.live_shards(int(p[0]), [rank]).tolist()
+        assert sorted(np.concatenate(taken).tolist()) == p.tolist()
+        by_lane = (np.concatenate(taken) % lanes).tolist()
+        assert by_lane == sorted(by_lane)
 
 
 def test_ranges_are_read_from_the_run(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ CASES: tuple[tuple[int, dict[str, Any]], ...] = (
     (2, {"strategy": "deepspeed", "zero_stage": 3}),
 )
 SEEDS = [
-    pytest.param(seed, marks=[pytest.mark.slow] if seed >= len(CASES) else []) for seed in range(20)
+    pytest.param(seed, marks=[pytest.mark.all_cells] if seed >= len(CASES) else [])
+    for seed in range(20)
 ]
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dist import watchdog as watchdog_module
 from dist.dataset import Dataset
 from dist.errors import ConfigError
-from dist.hang_stacks import at_fault, waits_for_others
+from dist.hang_stacks import at_fault, stacks_of_threads, waits_for_others
 from dist.run_dir import RunDir
 from dist.watchdog import Watchdog, WatchdogConfig
 from tests.make_dataset import write_dataset
@@ -31,12 +35,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def hang_in(rank: int, victim: int, where: str) -> None:
     """One rank never comes back: from its model, or from reading its data."""
-    from dist.shard_file import PackedShard
+    from dist import step_gather
     from recipes import llama
 
     if rank != victim:
         return
-    forward, read_row = llama.PackedDecoder.forward, PackedShard.read_row
+    step_gather.STEPS_TOGETHER = 1  # or it reads dozens of steps ahead of the one that hangs it
+    forward, gather_rows = llama.PackedDecoder.forward, step_gather.gather_rows
     steps = [0]
 
     def endless_forward(self: Any, batch: Any) -> Any:
@@ -45,13 +50,13 @@ def hang_in(rank: int, victim: int, where: str) -> None:
             sum(range(1000))
         return forward(self, batch)
 
-    def endless_read(self: Any, *args: Any) -> Any:
+    def endless_read(*args: Any) -> Any:
         while where == "data" and steps[0] >= HANG_STEP:
             time.sleep(0.01)
-        return read_row(self, *args)
+        return gather_rows(*args)
 
     llama.PackedDecoder.forward = endless_forward  # type: ignore[method-assign]
-    PackedShard.read_row = endless_read  # type: ignore[method-assign]
+    step_gather.gather_rows = endless_read
 
 
 def changes(strategy: str) -> dict[str, Any]:
@@ -102,21 +107,92 @@ def test_a_stopped_rank_is_named_by_the_others(dataset: Dataset, tmp_path: Path)
     assert_named(folder, 1, "no heartbeat")
 
 
-LOADER = "/x/dist/loader.py"
+CHANNEL, LOADER = "/x/dist/channel.py", "/x/dist/loader.py"
 
 
 def test_a_rank_waits_where_its_stack_says() -> None:
-    """Main threads that wait for the loader look alike on all ranks; the loader's thread tells."""
+    """Main threads that wait for the loader look alike on all ranks; the loader's threads tell."""
     collective = [("/x/torch/distributed/distributed_c10d.py", "all_reduce", 7)]
     own = [("/x/mine.py", "slow", 3), ("/x/recipes/pretrain.py", "training_step", 1)]
-    data = [("/usr/threading.py", "wait", 1), (LOADER, "get", 2)]
+    data = [("/usr/threading.py", "wait", 1), (CHANNEL, "get", 2), (LOADER, "_deliver", 9)]
     assert waits_for_others(collective, []) == (True, f"{collective[0][0]}:7 in all_reduce")
     assert waits_for_others(own, [collective]) == (False, "/x/mine.py:3 in slow")
     # The validation loader's thread is full and waits for its turn.
-    full = [("/usr/threading.py", "wait", 1), (LOADER, "put", 3)]
+    full = [("/usr/threading.py", "wait", 1), (CHANNEL, "put", 3), (LOADER, "_gather", 8)]
     assert waits_for_others(data, [full, own])[0] is False
     assert waits_for_others(data, [full, collective])[0] is True
+    # The thread that agrees has nothing to agree on, as its own gatherer does not come back.
+    reads = [("/x/dist/open_shards.py", "get", 4), (LOADER, "_gather", 8)]
+    assert waits_for_others(data, [data, full, reads])[0] is False
+    # Others are slow, while this rank's gatherer happens to read further ahead.
+    assert waits_for_others(data, [collective, reads])[0] is True
     assert waits_for_others([], []) == (False, "no Python frame")
+
+
+def test_stacks_are_those_of_each_thread() -> None:
+    """A main thread that is taken for another, or read from its outermost call: the wrong place is
+    named, and a long save passes for a hang."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def innermost() -> None:
+        inside.set()
+        leave.wait(30)
+
+    def outer() -> None:
+        innermost()
+
+    thread = threading.Thread(target=outer)
+    thread.start()
+    assert inside.wait(30)
+    stacks = stacks_of_threads()
+    leave.set()
+    thread.join()
+    assert thread.ident is not None
+    own = [(name, function) for name, function, _ in stacks[thread.ident] if name == __file__]
+    assert own == [(__file__, "innermost"), (__file__, "outer")]
+    mine = [one for one in stacks[threading.get_ident()] if one[0] == __file__]
+    line = test_stacks_are_those_of_each_thread.__code__.co_firstlineno
+    assert [one[1] for one in mine] == ["test_stacks_are_those_of_each_thread"]
+    assert line < mine[0][2] < line + 25
+
+
+def test_no_file_left_for_stacks_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A healthy rank with too many open files that sends no heartbeat, and is killed for it."""
+
+    def full(name: str) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "memfd_create", full)
+    assert stacks_of_threads() == {}
+    assert waits_for_others([], []) == (False, "no Python frame")
+
+
+def test_a_look_that_fails_does_not_end_the_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A watchdog's thread that dies: a healthy rank without a heartbeat, which the others kill."""
+    calls, real = [0], watchdog_module.stacks_of_threads
+
+    def fails_twice() -> Any:
+        calls[0] += 1
+        if calls[0] in (4, 5):
+            raise AttributeError("no f_lineno")
+        return real()
+
+    monkeypatch.setattr(watchdog_module, "stacks_of_threads", fails_twice)
+    run = RunDir(tmp_path / "run")
+    run.attempt_dir(0).mkdir(parents=True)
+    watchdog = Watchdog(run, 0, QUICK, rank=0, world_size=1)
+    watchdog.start()
+    try:
+        beat, deadline = run.attempt_dir(0) / "heartbeats" / "0", time.monotonic() + 30
+        while calls[0] < 12 and time.monotonic() < deadline:
+            watchdog.beat(1, "forward")
+            time.sleep(0.05)
+        assert calls[0] >= 12 and json.loads(beat.read_text())["phase"] == "forward"
+    finally:
+        watchdog.close()
+    assert "warning: the watchdog could not look: AttributeError" in capsys.readouterr().err
 
 
 def report(rank: int, progress: int, waits: bool, time_: float = 0.0) -> dict[str, Any]:

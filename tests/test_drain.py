@@ -195,7 +195,9 @@ def test_the_control_file_drains_once(dataset: Dataset, tmp_path: Path) -> None:
 
 
 def random_trials() -> list[Any]:
-    return [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 5 else []) for seed in range(25)]
+    return [
+        pytest.param(seed, marks=[pytest.mark.all_cells] if seed >= 5 else []) for seed in range(25)
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -77,8 +77,14 @@ def killed_at(rank: int, victim: int, step: int, micro: int, delay_s: float) -> 
 
 
 def trials() -> list[Any]:
-    """Twenty seeds over three cases; victims, steps and moments by the seed."""
-    return [(seed, *CASES[seed % len(CASES)]) for seed in range(20)]
+    """Twenty seeds over three cases; victims, steps and moments by the seed. make test-all: all."""
+    return [
+        pytest.param(
+            seed, *CASES[seed % len(CASES)],
+            marks=[pytest.mark.all_cells] if seed >= 3 * len(CASES) else [],
+        )
+        for seed in range(20)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("seed", "strategy", "world_size"), trials())

@@ -22,30 +22,33 @@ FLOORS: dict[int, set[str]] = {
     floor: set(names.split())
     for floor, names in {
         0: """
-            data_pin devices errors fabric_rows fabric_verdicts file_locks lease
-            local_files manifest model_folder ranks run_dir stamps strict_json
-            trace_summary url_path versions
+            channel data_pin devices errors fabric_rows fabric_verdicts file_locks
+            http_connections lease members
+            local_files manifest model_folder open_files ranks run_dir side_thread stamps
+            strict_json trace_summary url_path versions web_address
         """,
         1: """
-            audit baselines batch_layout bundle cache cache_folder
-            checkpoint_folder commit config data_diff data_export data_gc
-            data_import data_inspect data_page dataset documents example_file
-            example_lengths examples folder_files http_files lineage mds_format megatron_format
-            mixture node_probes open_shards order order_choice pack_index
+            arrow_view audit baselines batch_hashes batch_layout bundle cache cache_folder
+            cached_file checked_shards checkpoint_folder commit config data_diff data_export data_gc
+            data_import data_inspect data_page data_samples dataset documents example_file
+            example_gather example_lengths example_shards examples folder_files http_files
+            import_source lineage mds_format megatron_format mixed_order mixed_skips mixture
+            mixture_stages
+            node_probes open_shards order order_choice pack_index
             packing passes progress report report_facts report_html run_history
-            run_order shard_file skips sources stages storage svg_chart
-            table_format tar_format token_shards token_source tokenizer transfer
-            verify windowed
+            references row_gather run_order shard_file skips source_versions sources stages storage
+            svg_chart switched_rows table_format tar_format thinned_order token_shards
+            token_source tokenizer transfer verify windowed
         """,
         2: """
-            activation adapter_file attention batch checkpoint checkpoint_files
+            activation adapter_file agreement attention batch checkpoint checkpoint_files
             checkpoint_url communication compile deepspeed_zero drain export_hf
             fabric_check fabric_probes gradient_scaler guard hang_stacks
             hang_watcher hf_weights initialise loader local_device lora loss
             memory_plan memory_trace mesh meter micro_batch op_cost optim
             plan_step plan_text precision pretend pretend_gather pretend_zero
             profiling randomness sharding source_loss start start_watch
-            step_time stochastic_adamw tensor_parallel training_step watchdog
+            step_gather step_time stochastic_adamw tensor_parallel training_step watchdog
         """,
         3: """
             checkpoint_callback lightning_plugins loggers micro_batch_callback

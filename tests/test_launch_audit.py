@@ -79,6 +79,7 @@ def test_text_is_cut_unless_all_is_wanted(
     [
         (["who-saw", "mime", "train:1"], "(runs in runs/: mine)"),
         (["who-saw", "mine", "trian:1"], "names nothing in"),
+        (["who-saw", "mine", "train:1", "--epochs", "0"], "must be at least 1"),
         (["replay", "mine", "--step", "40"], "it has steps 0 to 39 (40 done)"),
     ],
 )

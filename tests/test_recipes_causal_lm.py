@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist.attention import register_packed_attention
-from dist.batch import make_batches
+from dist.batch import documents_of, make_batches
 from dist.dataset import Dataset
 from dist.errors import ConfigError, DataRefused
 from recipes.causal_lm import (
@@ -43,9 +43,8 @@ def test_packed_documents_cost_what_each_costs_alone(kind: str, tmp_path: Path) 
     theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 300, (2, 17)).astype(np.uint16)
-    (batch,) = make_batches(
-        tokens, np.arange(2), np.array([7, 10, 5, 9], np.int32), np.array([0, 2, 4]), 2
-    )
+    documents = documents_of(np.array([7, 10, 5, 9], np.int32), np.array([0, 2, 4]), 17, 2)
+    (batch,) = make_batches(tokens, np.arange(2), documents)
     with torch.no_grad():
         found = ours(batch)
         expected = torch.zeros(())

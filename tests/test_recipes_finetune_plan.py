@@ -66,10 +66,10 @@ def planned(config: finetune.Config, num_ranks: int, schema: dict[str, Any]) -> 
     [
         (1, "lora", {"strategy": "ddp"}, "none"),
         (2, "lora", {"strategy": "ddp"}, "full"),
-        (2, "lora", {"strategy": "fsdp"}, "none"),
+        pytest.param(2, "lora", {"strategy": "fsdp"}, "none", marks=pytest.mark.all_cells),
         (2, "lora", {"strategy": "fsdp"}, "full"),
         (2, "dora", {"strategy": "fsdp"}, "none"),
-        (2, "full", {"strategy": "fsdp"}, "none"),
+        pytest.param(2, "full", {"strategy": "fsdp"}, "none", marks=pytest.mark.all_cells),
         (2, "lora", ZERO_3, "none"),
     ],
 )

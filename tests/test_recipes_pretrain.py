@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed
 
+from dist import training
 from dist.checkpoint import find_checkpoint
 from dist.config import parse_config, to_yaml
 from dist.dataset import Dataset
@@ -216,6 +217,23 @@ def test_torchrun_reports_a_bad_key_once_with_the_nearest(dataset: Dataset) -> N
     said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(said) == 1 and "data.url" in said[0]
     assert "recipes/pretrain.py" not in done.stderr  # no traceback of ours
+
+
+def test_rank_0_says_first_what_is_wrong_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exit code without a word: on a busy machine rank 1 refused the config and left, and its
+    launcher ended rank 0 before that had read it. Seen with a load of ten."""
+    waited: list[float] = []
+    monkeypatch.setattr(training.time, "sleep", waited.append)
+    monkeypatch.setattr(training, "die_with_launcher", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--max_stps", "3"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank, expected in (("0", []), ("1", [training.FIRST_SPEAKS_WITHIN_S])):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(ConfigError, match="max_stps"):
+            pretrain.main()
+        assert waited == expected
 
 
 def test_errors_raised_in_process_keep_their_kind(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_examples_of_bad_rows_are_left_out(tmp_path: Path, packing: Any) -> None
     parent = open_dataset(plain.storage.url)
     made = as_rows(parent, packing, 40)
     split: Any = made.split("train")
-    order = Order(split.num_rows, 0).rows(0, 4 * split.num_rows)[1].tolist()
+    order = Order(split.num_rows, 0).rows(0, 8 * split.num_rows)[1].tolist()
     data = DataConfig(url=parent.reference, packing=packing, seq_len=40)
     folder, changes = tmp_path / "run", {**settings("ddp", "raise"), "max_steps": 4, "data": data}
     args = (poison, -1, (), math.nan, None, -1, order[11])
@@ -174,10 +174,6 @@ def test_examples_of_bad_rows_are_left_out(tmp_path: Path, packing: Any) -> None
     switch = {**changes, "switch_data": derived.reference, "max_steps": 20}
     with World(parent.reference, folder, 2, switch) as world:
         codes, said = world.wait(60.0), world.said(0)
-    if packing == "packed":
-        assert codes == [2, 2] and "cannot go on in its order. Begin a run with" in said
-        assert "Traceback" not in said
-        return
     assert codes == [0, 0], said
     met = [one.row for step in range(20) for one in replay(RunDir(folder), step, text=False).rows]
     # The newest checkpoint at the switch was before the bad step, and before any of its rows.
