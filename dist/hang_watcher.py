@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
     except (OSError, ValueError):
-        return {}  # torn, or just being written
+        return {}  # not there yet, or replaced as it was read (NFS)
     return record if isinstance(record, dict) else {}
 
 

@@ -170,9 +170,11 @@ class Watchdog:
     def _write_beat(self, idle_s: float) -> None:
         limit_s = self.timeout_s(saving=self._saving())
         beat = {**self._describe(idle_s), "time": time.time(), "limit_s": limit_s}
+        path = self._beats / str(self._rank)
         try:
-            # Not atomic: a reader of a torn line takes the next one.
-            (self._beats / str(self._rank)).write_text(json.dumps(beat))
+            # Whole, or a rank that is stopped as it writes has no host; not synced: soon replaced.
+            path.with_name(f".{path.name}.tmp").write_text(json.dumps(beat))
+            os.replace(path.with_name(f".{path.name}.tmp"), path)
         except OSError as error:
             print(f"warning: the watchdog cannot write: {error}", file=sys.stderr)
 
@@ -264,5 +266,5 @@ def _read_all(paths: Any) -> dict[int, dict[str, Any]]:
             record = json.loads(path.read_text())
             found[int(record["rank"])] = record
         except (OSError, ValueError, KeyError):
-            continue  # torn, or just being written
+            continue  # not there yet, or replaced as it was read (NFS)
     return found

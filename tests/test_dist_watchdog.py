@@ -195,6 +195,31 @@ def test_a_look_that_fails_does_not_end_the_watch(
     assert "warning: the watchdog could not look: AttributeError" in capsys.readouterr().err
 
 
+def test_a_heartbeat_is_never_seen_half_written(tmp_path: Path) -> None:
+    """A rank stopped as it writes: an empty file, and nobody can say on which host it hangs."""
+    run = RunDir(tmp_path / "run")
+    watchdog = Watchdog(run, 0, QUICK, rank=0, world_size=1)
+    beat = run.attempt_dir(0) / "heartbeats" / "0"
+    beat.parent.mkdir(parents=True)
+    done = threading.Event()
+
+    def write_on() -> None:
+        while not done.is_set():
+            watchdog._write_beat(0.0)
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    try:
+        deadline = time.monotonic() + 30
+        while not beat.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        hosts = {json.loads(beat.read_text())["host"] for _ in range(3000)}
+    finally:
+        done.set()
+        writer.join()
+    assert len(hosts) == 1 and [path.name for path in beat.parent.glob("[!.]*")] == ["0"]
+
+
 def report(rank: int, progress: int, waits: bool, time_: float = 0.0) -> dict[str, Any]:
     facts = {"progress": progress, "waits_for_others": waits, "time": time_}
     return {"rank": rank, "where": "somewhere", "step": 1, "phase": "data", **facts}
