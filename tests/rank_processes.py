@@ -20,6 +20,8 @@ from tests.run_ranks import _PRELOAD
 
 Prepare = Callable[..., None]
 JOINED = "joined the world"
+# Only a bound on a hang: far above what a busy machine needs.
+ENDS_WITHIN_S = 180.0
 
 
 def config(url: str, folder: Path, **changes: Any) -> Any:
@@ -113,7 +115,7 @@ class World:
         if pid is not None and self.processes[rank].is_alive():
             os.kill(pid, signum)
 
-    def wait(self, timeout_s: float) -> list[int]:
+    def wait(self, timeout_s: float = ENDS_WITHIN_S) -> list[int]:
         """Exit code of each rank, -n for a death by signal n; TimeoutError names silent ranks."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:
@@ -128,7 +130,7 @@ class World:
         """Output of a rank, both streams."""
         return self._logs[rank].read_text() if self._logs[rank].exists() else ""
 
-    def wait_joined(self, timeout_s: float = 60.0) -> None:
+    def wait_joined(self, timeout_s: float = ENDS_WITHIN_S) -> None:
         """Wait until all ranks have met; from then on each sees another's end."""
         deadline = time.monotonic() + timeout_s
         while not all(JOINED in self.said(rank) for rank in range(len(self.processes))):
@@ -149,7 +151,7 @@ class World:
 
 def train(
     url: str, folder: Path, world_size: int, changes: dict[str, Any],
-    prepare: Prepare | None = None, *args: Any, timeout_s: float = 60.0,
+    prepare: Prepare | None = None, *args: Any, timeout_s: float = ENDS_WITHIN_S,
 ) -> list[int]:  # fmt: skip
     """Run all ranks to their end; an unexpected failure shows what they said."""
     with World(url, folder, world_size, changes, prepare, *args) as world:

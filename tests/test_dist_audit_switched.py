@@ -102,7 +102,7 @@ def story(
     with World(
         first.storage.url, folder, RANKS, changes, watched, log, {rows[bad]: first_bad}
     ) as w:
-        assert w.wait(90.0) == [93, 93], w.said(0)
+        assert w.wait() == [93, 93], w.said(0)
     (bundle,) = (folder / "guard").iterdir()
     digest = run(Config(bundle=str(bundle), output=first.storage.url))
     derived = open_dataset(f"{first.storage.url}@{digest}")

@@ -101,7 +101,7 @@ def said(*arguments: str) -> tuple[str, int]:
         if described is None:
             raise
         found = described
-    assert time.monotonic() - began < 20.0
+    assert time.monotonic() - began < 60.0
     return found
 
 
@@ -186,7 +186,7 @@ def test_a_disk_of_one_shard_is_enough_to_inspect(
     monkeypatch.setenv("XDG_CACHE_HOME", str(disk))
     began = time.monotonic()
     assert said("inspect", f"{url}/plain") == ("", 0)
-    assert time.monotonic() - began < 8.0
+    assert time.monotonic() - began < 30.0
     assert len(list(disk.rglob("*.arrow"))) == 1
 
 

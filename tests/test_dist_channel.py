@@ -8,6 +8,15 @@ import time
 from dist.channel import Channel
 
 
+def settle(done: list[int], wanted: list[int]) -> None:
+    """Wait until a thread has done what is wanted, and see that it does no more."""
+    deadline = time.monotonic() + 30
+    while done != wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert done == wanted
+
+
 def test_weights_bound_what_waits_and_a_heavy_item_still_passes() -> None:
     """Counting items would hold 16 steps of any size; refusing what is too heavy would hang."""
     channel, done = Channel(10), []
@@ -19,13 +28,11 @@ def test_weights_bound_what_waits_and_a_heavy_item_still_passes() -> None:
 
     thread = threading.Thread(target=produce)
     thread.start()
-    time.sleep(0.1)
-    assert done == [6, 4]
+    settle(done, [6, 4])
     found = [channel.get()]
-    time.sleep(0.1)
-    assert done == [6, 4, 1]  # 25 waits until nothing else does
+    settle(done, [6, 4, 1])  # 25 waits until nothing else does
     found += [channel.get(), channel.get(), channel.get()]
-    thread.join(5)
+    thread.join(60)
     assert found == [6, 4, 1, 25] and not thread.is_alive()
 
 
@@ -43,7 +50,7 @@ def test_close_wakes_whoever_waits() -> None:
     full.close()
     empty.close()
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
         assert not thread.is_alive()
     assert sorted(ended, key=str) == [False, False, None] and full.get() is None
 

@@ -32,11 +32,11 @@ from dist.checkpoint import (
     read_record,
 )
 from dist.checkpoint_folder import COMMIT, newer_than, remove_leftovers, retire
+from tests.rank_processes import ENDS_WITHIN_S
 from tests.run_ranks import _PRELOAD
 from tests.test_dist_checkpoint_faults import FileOperations, check_contents, root  # noqa: F401
 
 WORLD, BEFORE, AFTER = 2, 2, 4
-ENDS_WITHIN_S = 60.0
 POINTS_A_RANK = int(os.environ.get("LEYDEN_FAULT_POINTS", "12"))
 """How many of a rank's operations are struck; 0: all (about 0.3 s each)."""
 

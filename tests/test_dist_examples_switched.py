@@ -118,7 +118,7 @@ def test_a_packed_run_goes_on_with_its_rows(tmp_path: Path, order: Any) -> None:
     assert stored <= set(hexes)
     bad = next(n for n in range(len(rows)) if n not in gone and hexes.count(hexes[n]) == 1)
     with World("", folder, 1, changes, watched, log, {hexes[bad]: 25}) as world:
-        assert world.wait(60.0) == [93], world.said(0)
+        assert world.wait() == [93], world.said(0)
     (bundle,) = (folder / "guard").iterdir()
     step = int(bundle.name.partition("-")[2])
     shown = [row.pieces for row in replay_bundle(bundle).rows]
@@ -166,6 +166,6 @@ def test_a_version_for_other_rows_is_refused(tmp_path: Path) -> None:
     other = derive(first, [0, 5], tmp_path / "b", packing="padded", seq_len=SEQ_LEN)
     changes |= {"switch_data": other.reference, "max_steps": 4}
     with World("", tmp_path / "run", 1, changes) as world:
-        assert world.wait(60.0) == [2] and "Traceback" not in world.said(0)
+        assert world.wait() == [2] and "Traceback" not in world.said(0)
         assert "lacks some examples only of a row" in world.said(0), world.said(0)
         assert "would lose 1 of" in world.said(0)

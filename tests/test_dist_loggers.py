@@ -181,7 +181,7 @@ def test_a_run_writes_to_its_loggers_and_its_profile(tmp_path: Path) -> None:
         "profile": ProfileConfig(steps=[2, 4]),
     }  # fmt: skip
     with World(data.storage.url, folder, 2, changes) as world:
-        assert world.wait(90.0) == [0, 0], world.said(0) + world.said(1)
+        assert world.wait() == [0, 0], world.said(0) + world.said(1)
     (path,) = (folder / "loggers" / "csv").glob("attempt-*/metrics.csv")
     steps = [int(row["step"]) for row in csv.DictReader(path.open()) if row["loss"]]
     assert steps == [1, 2, 3, 4, 5]

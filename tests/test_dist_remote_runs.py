@@ -127,7 +127,7 @@ def test_a_refused_shard_ends_the_run_by_name(tmp_path: Path, s3_server: str) ->
             watched_gets(lambda _, path, names=refused: path.rpartition("/")[2] in names) as seen,
             World(url, run, 2, given, prepared, aws()) as world,
         ):
-            codes = world.wait(60.0)
+            codes = world.wait()
             said = world.said(0) + world.said(1)
         assert codes == [4, 4], said
         refusal = f"no permission to read {url}/shards/"
@@ -171,7 +171,7 @@ def test_a_latest_that_moves_changes_nothing_in_a_run(whole: Path, tmp_path: Pat
     assert -signal.SIGKILL in codes
     assert (tmp_path / "data" / "LATEST").read_text().strip() == newer.data_digest
     with World(url, run, 2, changes) as world:
-        assert world.wait(60.0) == [0, 0], world.said(0)
+        assert world.wait() == [0, 0], world.said(0)
         assert f"has a newer version, {newer.data_digest[:12]}; the run goes on with" in (
             world.said(0)
         )
@@ -185,6 +185,6 @@ def test_a_latest_that_moves_changes_nothing_in_a_run(whole: Path, tmp_path: Pat
     (tmp_path / "data" / "manifests" / f"{begun.data_digest}.json").rename(tmp_path / "kept.json")
     for given in ({**longer, "data": named}, longer):
         with World(url, run, 1, given) as world:
-            assert world.wait(60.0) == [3], world.said(0)
+            assert world.wait() == [3], world.said(0)
             assert f"trains on {begun.reference}" in world.said(0)
             assert f"is now version {newer.data_digest[:12]}" in world.said(0)

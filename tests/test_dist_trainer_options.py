@@ -288,7 +288,7 @@ def test_what_cannot_be_exact_is_refused_by_name(
     path = {"ckpt_path": str(saved) if fit and fit[0] == "{" else fit}
     arguments = (with_options, tmp_path / "run", options, path, None, False)
     with World(url, tmp_path / "run", 1, changes, *arguments) as world:
-        assert world.wait(60.0) == [code], world.said(0)
+        assert world.wait() == [code], world.said(0)
         said = [line for line in world.said(0).splitlines() if line.startswith("error:")]
     assert len(said) == 1 and named in said[0]
     assert not (tmp_path / "run" / "consumed.jsonl").exists()

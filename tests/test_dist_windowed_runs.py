@@ -42,18 +42,18 @@ def test_killed_and_restarted_equals_uninterrupted(dataset: Dataset, tmp_path: P
     url, changes = dataset.storage.url, windowed(dataset, dropout=0.1)
     assert train(url, tmp_path / "whole", 2, changes) == [0, 0]
     with World(url, tmp_path / "run", 2, changes, killed_at, 1, 13, 1, 0.0) as world:
-        assert -signal.SIGKILL in world.wait(60.0)
+        assert -signal.SIGKILL in world.wait()
         assert "order: windowed, 4 lanes, at most 2 live shards in each" in world.said(0)
     later = {**changes, "data": DataConfig(url=url)}
     with World(url, tmp_path / "run", 2, later) as world:
-        assert world.wait(60.0) == [0, 0], world.said(0)
+        assert world.wait() == [0, 0], world.said(0)
         assert "order: windowed, 4 lanes" in world.said(0) and "as the run began" in world.said(0)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert dataset.split("train").num_rows < 24 * 8, "the steps pass over an epoch's end"
     other = {**changes, "max_steps": 30}
     other["data"] = DataConfig(url=url, order="global")
     with World(url, tmp_path / "run", 1, other) as world:
-        assert world.wait(60.0) == [2]
+        assert world.wait() == [2]
         assert "data.order was windowed, is global" in world.said(0)
 
 

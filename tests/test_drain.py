@@ -25,7 +25,6 @@ from tests.rank_processes import World, train
 
 STEPS = 12
 SHORT: dict[str, Any] = {"max_steps": STEPS, "save_every_steps": 4, "val_every_steps": 5}
-ENDS_WITHIN_S = 60.0
 # Phase -> (owner, function of it that runs in that phase, how many calls of it to let pass).
 PHASES = {
     "start-up": ("recipes.pretrain", "open_dataset", 0),
@@ -97,8 +96,7 @@ def test_a_signal_in_each_phase(dataset: Dataset, tmp_path: Path, phase: str, vi
     where = PHASES[phase]
     folder = tmp_path / "run"
     codes = train(
-        dataset.storage.url, folder, 2, SHORT, signal_in, (victim,), *where, (signum,),
-        timeout_s=ENDS_WITHIN_S,
+        dataset.storage.url, folder, 2, SHORT, signal_in, (victim,), *where, (signum,)
     )  # fmt: skip
     if "last" in phase:
         assert codes == [0, 0] and outcome(folder)["status"] == "completed"
@@ -128,7 +126,7 @@ def test_a_second_signal_changes_nothing(
     where = ("recipes.pretrain.Pretrain", "training_step", 2, (signal.SIGTERM,))
     codes = train(
         dataset.storage.url, folder, 2, {**SHORT, "save_every_steps": 0}, signal_twice, victims,
-        where, timeout_s=ENDS_WITHIN_S,
+        where,
     )  # fmt: skip
     drained(folder, codes)
     assert train(dataset.storage.url, folder, 2, {**SHORT, "save_every_steps": 0}) == [0, 0]
@@ -152,7 +150,7 @@ def train_allowing(
     dataset: Dataset, folder: Path, victims: tuple[int, ...], where: tuple[Any, ...]
 ) -> list[int]:
     with World(dataset.storage.url, folder, 2, SHORT, signal_in, victims, *where) as world:
-        return world.wait(ENDS_WITHIN_S)
+        return world.wait()
 
 
 def test_a_signal_before_the_handlers_ends_the_ranks(dataset: Dataset, tmp_path: Path) -> None:
@@ -161,7 +159,7 @@ def test_a_signal_before_the_handlers_ends_the_ranks(dataset: Dataset, tmp_path:
     where = ("recipes.pretrain", "choose_device", 0, (signal.SIGTERM,))
     folder = tmp_path / "run"
     with World(dataset.storage.url, folder, 2, SHORT, signal_in, (1,), *where) as world:
-        assert world.wait(ENDS_WITHIN_S) == [1, -signal.SIGTERM]
+        assert world.wait() == [1, -signal.SIGTERM]
         assert "another rank ended" in world.said(0) and "Traceback" not in world.said(0)
     assert not (folder / "outcome.json").exists()
     assert train(dataset.storage.url, folder, 2, SHORT) == [0, 0]
@@ -206,7 +204,7 @@ def usual_s(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> float
     with World(dataset.storage.url, tmp_path_factory.mktemp("usual") / "run", 2, SHORT) as world:
         world.wait_joined()
         start = time.monotonic()
-        assert world.wait(ENDS_WITHIN_S) == [0, 0]
+        assert world.wait() == [0, 0]
         return time.monotonic() - start
 
 
@@ -222,7 +220,7 @@ def test_a_signal_at_any_moment(
         for _ in range(choose.randint(1, 2)):
             world.processes[0].join(choose.uniform(0.0, usual_s))
             world.signal(choose.randrange(2), choose.choice([signal.SIGTERM, signal.SIGUSR1]))
-        codes = world.wait(ENDS_WITHIN_S)
+        codes = world.wait()
         said = [world.said(rank) for rank in range(2)]
     if codes == [0, 0]:
         assert outcome(folder)["status"] == "completed"

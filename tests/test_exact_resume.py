@@ -100,7 +100,7 @@ def test_killed_and_restarted_equals_uninterrupted(
     micro = choose.randrange(4 // world_size)
     moment = (victim, choose.randrange(1, STEPS - 1), micro, choose.uniform(0.0, 0.03))
     with World(url, tmp_path / "run", world_size, changes, killed_at, *moment) as world:
-        codes = world.wait(60.0)
+        codes = world.wait()
         assert codes[victim] == -signal.SIGKILL
         for rank in set(range(world_size)) - {victim}:
             assert codes[rank] == 1, world.said(rank)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -98,7 +97,10 @@ def test_no_words_prints_usage_and_fails(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_starts_without_the_heavy_libraries() -> None:
     """On a login node there is no torch, and importing it costs seconds where there is."""
-    blocked = ("torch", "pyspark", "pytorch_lightning", "transformers", "pyarrow", "numpy", "rich")
+    blocked = (
+        "torch", "pyspark", "pytorch_lightning", "transformers", "pyarrow", "numpy", "rich",
+        "accelerate", "deepspeed", "fsspec", "lightning", "pandas", "peft", "tokenizers", "wandb",
+    )  # fmt: skip
     code = (
         "import sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"
@@ -108,16 +110,6 @@ def test_starts_without_the_heavy_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_help_is_quick() -> None:
-    """The figure is 0.3 s (benchmarks/help.py); three times that allows for a busy machine."""
-    seconds = []
-    for _ in range(5):
-        started = time.monotonic()
-        assert leyden("--help").returncode == 0
-        seconds.append(time.monotonic() - started)
-    assert min(seconds) < 0.9, seconds
 
 
 def test_dry_run_prints_the_exact_command() -> None:

@@ -60,7 +60,7 @@ def test_a_storm_of_a_hundred_signals(dataset: Dataset, tmp_path: Path) -> None:
             world.signal(draw.randrange(2), draw.choice([signal.SIGUSR1, signal.SIGTERM]))
             sent += 1
             time.sleep(0.01)
-        codes = world.wait(60)
+        codes = world.wait()
         said = world.said(0) + world.said(1)
     assert codes == [75, 75], said
     assert sent > 30 and "Traceback" not in said
@@ -89,7 +89,7 @@ def test_the_newest_checkpoint_is_always_whole(dataset: Dataset, tmp_path: Path)
             else:
                 assert last < 0, f"none at look {looks}, after step {last}"
                 time.sleep(0.01)
-        assert world.wait(60) == [0, 0]
+        assert world.wait() == [0, 0]
     assert len(seen) >= 5, f"{looks} looks saw the steps {sorted(seen)}"
 
 
