@@ -15,7 +15,8 @@ import pytest
 
 from launch import quickstart
 from launch.corpus import write_corpus
-from launch.quickstart import Plan, Record, Stage, make_plan, stages
+from launch.quickstart import Record
+from launch.quickstart_stages import Plan, Stage, make_plan, stages
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "launch.cli", "quickstart", "--smoke"]
