@@ -90,6 +90,14 @@ def find_job(storage: Storage, job_digest: str) -> str | None:
     return digest if complete else None
 
 
+def make_latest(storage: Storage, digest: str) -> None:
+    """Let LATEST name a version; a job that was killed just before that left none, or an older."""
+    with suppress(FileNotFoundError):
+        if storage.read("LATEST").decode(errors="replace").strip() == digest:
+            return
+    storage.write_atomic("LATEST", digest.encode() + b"\n")
+
+
 def missing_files(storage: Storage, manifest: Manifest) -> list[str]:
     """Which shards are missing or of another size, and whether the lengths are; a line each."""
     problems = []

@@ -67,7 +67,7 @@ def export_dataset(dataset: Dataset, to: str, out: Path, *, progress: bool = Tru
         )
     if "://" in str(out) or ":/" in str(out):
         raise ConfigError(f"{out}: an export is a folder on a disk; write it there, then copy it")
-    out = out.absolute()
+    out = out.resolve()  # a link cannot be replaced by a folder, nor `new/..`
     if (done := _found(dataset, to, out)) is not None:
         return done
     _check_space(dataset, to, out)

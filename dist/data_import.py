@@ -8,6 +8,7 @@ which the document starts, of an example the number of its record.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import xxhash
 from dist.commit import (
     commit_dataset,
     find_job,
+    make_latest,
     publish_lengths,
     publish_tokenizer,
     target_lease,
@@ -29,7 +31,12 @@ from dist.errors import ConfigError, DataRefused
 from dist.example_file import example_rows_per_batch
 from dist.example_lengths import lengths_file
 from dist.example_shards import ExampleSplitWriter
-from dist.import_source import check_export, describe_source, digests_of_export
+from dist.import_source import (
+    check_export,
+    describe_source,
+    digests_of_export,
+    ends_of_export,
+)
 from dist.manifest import Manifest, digest_of
 from dist.mds_format import find_mds
 from dist.megatron_format import find_megatron
@@ -83,7 +90,7 @@ class ImportPlan:
             raise ConfigError("--eos cuts documents apart, and examples are whole; leave it out")
         if self.max_length < 0 or self.max_length == 1:
             raise ConfigError(f"max_length is {self.max_length}; an example needs 2 tokens")
-        if self.seq_len < 1 or self.shard_size_mib <= 0:
+        if self.seq_len < 1 or not 0 < self.shard_size_mib < math.inf:
             raise ConfigError(
                 f"seq_len {self.seq_len} must be at least 1, shard_size_mib "
                 f"{self.shard_size_mib} above 0"
@@ -100,6 +107,8 @@ def import_tokens(plan: ImportPlan, *, progress: bool = True) -> tuple[str, bool
     """Do the import, or find it done. Returns (data_digest, whether it was done before)."""
     started = time.time()
     storage = Storage(plan.output)
+    if storage.is_local:
+        _check_output(Path(plan.output.removeprefix("file://")), plan.source)
     tokenizer_path = _tokenizer_path(plan.tokenizer)
     files = find_files(plan)
     plan = replace(plan, kind=_kind(plan, files))
@@ -128,6 +137,16 @@ def import_tokens(plan: ImportPlan, *, progress: bool = True) -> tuple[str, bool
             "quarantine": None, "parent": None,
         }  # fmt: skip
         return commit_dataset(storage, manifest, provenance, job, lease), False
+
+
+def _check_output(output: Path, source: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"the output {output} is no folder; name another")
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(
+            f"the output {output} lies in the source {source}, and the next import would take its "
+            "files for source; name a folder outside of it"
+        )
 
 
 def find_files(plan: ImportPlan) -> list[SourceFile]:
@@ -167,7 +186,21 @@ def _kind(plan: ImportPlan, files: list[SourceFile]) -> str:
             f"{len(files) - len(without)} files of {plan.source} have labels, {len(without)} have "
             f"none, as {without[0]}; import them one by one, or say --kind packed_tokens"
         )
-    kind = plan.kind or ("packed_tokens" if without else "examples")
+    kind = plan.kind or ("packed_tokens" if without or not files else "examples")
+    if kind == "packed_tokens" and plan.max_length:
+        raise ConfigError(
+            "--max_length bounds examples, and these documents become packed rows, which cut them; "
+            "leave it out"
+        )
+    ignored = [(file.path, name) for file in files for name in file.not_read]
+    if not plan.kind and ignored:
+        path, name = ignored[0]
+        raise ConfigError(
+            f"{path} has the column {name}, which tells what of a row is trained or where its "
+            "documents end, and which import does not read: make it labels (-100 where a token is "
+            "not trained), or say --kind packed_tokens to take each row as one document, all of it "
+            "trained"
+        )
     if kind == "examples" and plan.eos:
         raise ConfigError(
             f"{plan.source} has labels, so its documents become examples, which --eos cannot cut; "
@@ -190,8 +223,8 @@ def _tokenizer_path(given: str) -> Path:
 
 def _done(storage: Storage, job: str) -> str | None:
     digest = find_job(storage, job)
-    if digest is not None and storage.read("LATEST").decode().strip() != digest:
-        storage.write_atomic("LATEST", digest.encode() + b"\n")
+    if digest is not None:
+        make_latest(storage, digest)
     return digest
 
 
@@ -241,8 +274,12 @@ def _pack(
                 held_out = _held_out(inputs[number]["path"], offsets, plan.validation_fraction)
                 taken = 0
                 for split, mine in ((file.split, ~held_out), ("validation", held_out)):
-                    if mine.any():
+                    if not mine.any():
+                        continue
+                    try:
                         taken += writer(split).add(block, offsets, number, mine)
+                    except DataRefused as error:
+                        raise DataRefused(f"{file.path}: {error}") from None
                 counters["documents_in"] += len(block.lengths)
                 counters["filtered"] += len(block.lengths) - taken
                 position += int(sizes.sum())
@@ -253,12 +290,19 @@ def _pack(
     totals = {split: writers[split].totals for split in splits if writers[split].totals["rows"]}
     if "train" not in totals:
         what = "tokens" if is_packed else "example with a trained token"
+        if plan.validation_fraction and totals:
+            raise DataRefused(
+                f"all documents of {plan.source} were drawn to validation; make "
+                f"--validation_fraction {plan.validation_fraction} less"
+            )
         raise DataRefused(f"{plan.source} holds no {what} of the split train")
     counters["documents_out"] = sum(one["documents"] for one in totals.values())
     counters["tokens"] = sum(one["tokens"] for one in totals.values())
     if counters["documents_in"] != counters["documents_out"] + counters["filtered"]:
         raise DataRefused(f"the books do not balance: {counters}; nothing is committed")
-    bos, eos = ends.found()
+    # Those of an export are known; of others they are what every document begins or ends with.
+    known = ends_of_export(plan.source, tokenizer_digest(tokenizer_json))
+    bos, eos = (a if a is not None else b for a, b in zip(known, ends.found(), strict=True))
     schema = {
         "token_dtype": dtype, "vocab_size": tokenizer.vocab_size, "bos_id": bos, "eos_id": eos,
         "rows_per_batch": batch_rows,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dist.checked_shards import checked_batches, checked_path
 from dist.dataset import Dataset, open_dataset
-from dist.documents import Joiner, rows_of_batch, used_tokens
+from dist.documents import Joiner, breaks_of, rows_of_batch, used_tokens
 from dist.errors import LeydenError
 from dist.example_file import ExampleShard
 from dist.lineage import input_paths
@@ -137,8 +137,9 @@ def scan(dataset: Dataset, max_rows: int = SCAN_ROWS) -> Scan:
     for name in dataset.manifest.splits():
         budget = -(-max_rows * dataset.manifest.totals[name]["rows"] // total)
         used = positions = 0
-        joiner, previous = Joiner(), -1
-        for number, last, batch in _batches(dataset, name, budget):
+        breaks = breaks_of(dataset, name)
+        joiner, previous = Joiner(breaks), -1
+        for number, row, last, batch in _batches(dataset, name, budget):
             rows = rows_of_batch(batch)
             filled = used_tokens(rows)
             width = rows.tokens.shape[1]
@@ -148,7 +149,7 @@ def scan(dataset: Dataset, max_rows: int = SCAN_ROWS) -> Scan:
             used, positions = used + int(filled.sum()), positions + rows.tokens.size
             begins = number == 0 or number == previous + 1
             if number != previous + 1:
-                joiner, begins = Joiner(), number == 0
+                joiner, begins = Joiner(breaks, row), number == 0
             found = joiner.add(rows)
             if found is not None:
                 # The first document after a gap may have begun before it.
@@ -190,10 +191,12 @@ def _scan_examples(dataset: Dataset, max_rows: int) -> Scan:
 
 
 def _batches(dataset: Dataset, split: str, budget: int) -> Any:
-    """(number of the record batch in the split, whether it is the last, batch), evenly spaced."""
+    """(number of the record batch in the split, its first row, whether it is the last, batch),
+    evenly spaced."""
     per_batch = dataset.manifest.schema["rows_per_batch"]
     shards = dataset.manifest.shards_of(split)
     starts = np.concatenate(([0], np.cumsum([-(-s.rows // per_batch) for s in shards])))
+    first_rows = np.concatenate(([0], np.cumsum([shard.rows for shard in shards])))
     total = int(starts[-1])
     wanted = min(total, max(1, budget // per_batch))
     if budget >= sum(shard.rows for shard in shards):
@@ -210,8 +213,9 @@ def _batches(dataset: Dataset, split: str, budget: int) -> Any:
         with pa.memory_map(str(path), "r") as source:
             reader = pa.ipc.open_file(source)
             for number in mine.tolist():
-                batch = reader.get_batch(number - int(starts[index]))
-                yield number, number == total - 1, batch
+                local = number - int(starts[index])
+                row = int(first_rows[index]) + local * per_batch
+                yield number, row, number == total - 1, reader.get_batch(local)
 
 
 def scan_facts(found: Scan, tokenizer_json: bytes | None) -> dict[str, Any]:
@@ -233,6 +237,7 @@ def scan_facts(found: Scan, tokenizer_json: bytes | None) -> dict[str, Any]:
     quantiles = np.quantile(lengths, QUANTILES).tolist() if len(lengths) else []
     return {
         "rows": found.rows, "of_rows": found.of_rows, "complete": found.complete,
+        "sampled_by": "record batches" if found.padding else "rows",
         "padding_share": found.padding,
         "distinct_tokens": int(np.count_nonzero(found.counts)),
         "top_tokens": [token(number) for number in order.tolist() if found.counts[number]],

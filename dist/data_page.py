@@ -106,10 +106,10 @@ def scanned_text(said: dict[str, Any]) -> str:
     """How much of the dataset the figures stand on."""
     if said["complete"]:
         return f"All {said['of_rows']:,} rows were read."
-    return (
-        f"A sample: {said['rows']:,} of {said['of_rows']:,} rows, evenly spaced record batches; "
-        "lengths are those of documents that begin and end in one."
-    )
+    sample = f"A sample: {said['rows']:,} of {said['of_rows']:,} rows, evenly spaced"
+    if said["sampled_by"] == "rows":
+        return f"{sample}."
+    return f"{sample} record batches; lengths are those of documents that begin and end in one."
 
 
 def _lengths_chart(found: Scan) -> Chart:

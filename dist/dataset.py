@@ -327,7 +327,7 @@ def mix(names: Sequence[str], parts: Sequence[Dataset]) -> MixedDataset:
             if one != other:
                 raise ConfigError(
                     f"the sources {names[0]} and {name} differ in {what}: {one} and {other}; write "
-                    "them with one tokenizer and one seq_len"
+                    "them with one tokenizer, seq_len and ends of documents"
                 )
     totals: dict[str, dict[str, int]] = {}
     for part in parts:

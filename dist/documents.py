@@ -6,7 +6,7 @@ the last piece of the row before if that row is full and both name the same docu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def used_tokens(rows: PackedRows) -> I64:
 
 def read_documents(dataset: Dataset, split: str) -> Iterator[Documents]:
     """Every document of a split, a few thousand at a time; DataRefused for a damaged shard."""
-    joiner = Joiner(_breaks(dataset, split))
+    joiner = Joiner(breaks_of(dataset, split))
     for shard in dataset.manifest.shards_of(split):
         for rows in shard_rows(checked_path(dataset, shard)):
             found = joiner.add(rows)
@@ -99,20 +99,25 @@ def read_examples(dataset: Dataset, split: str) -> Iterator[Documents]:
         shard.close()
 
 
-def _breaks(dataset: Dataset, split: str) -> set[int]:
+def breaks_of(dataset: Dataset, split: str) -> list[int]:
     """Rows of a derived version before which rows were taken out: nothing goes on over those."""
-    removed = (dataset.read_provenance() or {}).get("removed") or {}
-    if removed.get("split") != split:
-        return set()
-    return {row - gone for gone, row in enumerate(sorted(removed.get("rows", [])))}
+    return list(((dataset.read_provenance() or {}).get("breaks") or {}).get(split, []))
+
+
+def breaks_after(breaks: Sequence[int], removed: Sequence[int]) -> list[int]:
+    """Such rows of a version, where those of its parent are `breaks` and it lacks rows `removed`
+    (ascending) of that one: in this version's numbers, ascending."""
+    known = np.array([*breaks, *removed], np.int64)
+    return np.unique(known - np.searchsorted(np.array(removed, np.int64), known)).tolist()
 
 
 class Joiner:
     """Joins the pieces of successive rows; its state is the last document, which may go on."""
 
-    def __init__(self, breaks: set[int] | None = None) -> None:
-        self._breaks = breaks or set()
-        self._row = 0
+    def __init__(self, breaks: Iterable[int] = (), row: int = 0) -> None:
+        """breaks: of breaks_of(); row: number of the first row to come."""
+        self._breaks = set(breaks)
+        self._row = row
         self._full = False
         self._tokens: NDArray[np.integer] = np.empty(0, np.uint16)
         self._open = np.empty((3, 0), np.int64)  # length, input, offset of the open document

@@ -95,7 +95,7 @@ class ExampleSplitWriter:
         self, block: Block, offsets: NDArray[np.int64], number: int, mine: NDArray[np.bool_]
     ) -> int:
         """Append the documents `mine` (documents,) of a block of input `number`, but for those that
-        train nothing; how many. DataRefused for one that is too long."""
+        train nothing; how many. DataRefused for one that is too long, without the input's name."""
         taken = 0
         for document, place, spans in trained_documents(block):
             if not mine[document]:
@@ -103,8 +103,8 @@ class ExampleSplitWriter:
             length = place.stop - place.start
             if length > self._max_length:
                 raise DataRefused(
-                    f"record {offsets[document]} of input {number} has {length:,} tokens, "
-                    f"max_length is {self._max_length:,}; raise it, or cut that record"
+                    f"record {offsets[document]} has {length:,} tokens, max_length is "
+                    f"{self._max_length:,}; raise it, or cut that record"
                 )
             example = Example(
                 tokens=block.tokens[place].astype(np.uint32), spans=spans,

@@ -50,6 +50,19 @@ def digests_of_export(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def ends_of_export(source: Path, tokenizer_digest: str) -> tuple[int | None, int | None]:
+    """(bos_id, eos_id) of the dataset that a source was exported from, with that tokenizer."""
+    try:
+        base = source if source.is_dir() else source.parent
+        origin = json.loads((base / ORIGIN).read_bytes())
+        if origin["tokenizer_digest"] != tokenizer_digest:
+            return None, None
+        bos, eos = (origin["schema"].get(name) for name in ("bos_id", "eos_id"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, None
+    return (bos if type(bos) is int else None, eos if type(eos) is int else None)
+
+
 def check_export(path: Path, exported: dict[str, Any], base: Path) -> str:
     """A file's xxh3-128; DataRefused if an export of ours, in `base`, tells another."""
     digest, told = file_digest(path), exported.get(str(path.relative_to(base)))

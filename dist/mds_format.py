@@ -20,7 +20,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from dist.errors import ConfigError, DataRefused, SetupError
-from dist.token_source import TOKEN_COLUMNS, Block, SourceFile, split_of, text_advice
+from dist.token_source import (
+    TOKEN_COLUMNS,
+    Block,
+    SourceFile,
+    split_of,
+    text_advice,
+    visible_files,
+)
 
 # Encodings.NDArray: code of a value's type, and of the type that its shape is written in.
 _VALUE_DTYPES = {8: "u1", 9: "i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}
@@ -33,9 +40,9 @@ _HASHES: dict[str, Any] = {
 
 
 def find_mds(source: Path, column: str, bytes_dtype: str) -> list[SourceFile]:
-    """Shards of every index.json at or directly under a folder, in their order."""
-    indices = [p for p in (source / "index.json", *sorted(source.glob("*/index.json")))
-               if p.is_file()]  # fmt: skip
+    """Shards of every index.json at or under a folder, in their order."""
+    indices = [path for path in visible_files(source) if path.name == "index.json"]
+    indices.sort(key=lambda path: (path.parent != source, path))
     if not indices:
         raise ConfigError(f"no index.json in {source}; pass the folder that MDSWriter wrote")
     files = []

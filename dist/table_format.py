@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 
 from dist.documents import Documents
 from dist.errors import ConfigError, DataRefused
-from dist.token_source import TOKEN_COLUMNS, Block, SourceFile, split_of, text_advice
+from dist.token_source import (
+    TOKEN_COLUMNS,
+    Block,
+    SourceFile,
+    split_of,
+    text_advice,
+    visible_files,
+)
 
 SUFFIXES = (".parquet", ".pq", ".arrow")
 LABELS, MASK = "labels", "attention_mask"
@@ -31,6 +38,9 @@ IGNORED_LABEL = -100
 _ROW_GROUP = 4096
 _PACKED_COLUMNS = ("position_ids", "seq_lengths")
 """A row with one of these may be several examples that were joined."""
+_MASK_COLUMNS = ("assistant_masks", "loss_mask", "completion_mask")
+"""What is trained, as transformers' chat templates, Megatron and TRL call it."""
+_SHARD_COLUMNS = ("doc_lens", "loss_spans")
 
 
 class _Columns(NamedTuple):
@@ -46,34 +56,54 @@ def find_tables(source: Path, column: str) -> list[SourceFile]:
     if source.is_file():
         found = [(source, split_of(source.name))]
     elif source.is_dir():
-        found = [
-            (path, split_of(path.relative_to(source)))
-            for path in _listed(source) or sorted(source.rglob("*"))
-            if path.suffix in SUFFIXES and not _hidden(path.relative_to(source))
-        ]
+        found = [(path, split_of(path.relative_to(source))) for path in _tables_in(source)]
     else:
         raise ConfigError(f"{source} does not exist")
     if not found:
         raise ConfigError(f"no {', '.join(SUFFIXES)} file in {source}")
-    return [
-        SourceFile(
-            path=path, split=split or "train",
-            read=lambda path=path: read_table(path, column),  # type: ignore[misc]
-            has_labels=_has_labels(path),
-        )
-        for path, split in found
-    ]  # fmt: skip
+    files = []
+    for path, split in found:
+        schema = _schema(path)
+        has_labels = _labels(schema) != ""
+        files.append(
+            SourceFile(
+                path=path, split=split or "train",
+                read=lambda path=path: read_table(path, column),  # type: ignore[misc]
+                has_labels=has_labels,
+                not_read=() if has_labels else tuple(
+                    name for name in (*_MASK_COLUMNS, *_PACKED_COLUMNS) if name in schema.names
+                ),
+            )
+        )  # fmt: skip
+    return files
 
 
-def _hidden(relative: Path) -> bool:
+def _tables_in(source: Path) -> list[Path]:
+    """Those of folders of save_to_disk in the order that it recorded, then all others, sorted."""
+    every = visible_files(source)
+    for path in every:
+        if path.parent.name == "shards" and (path.parent.parent / "manifests").is_dir():
+            raise ConfigError(
+                f"{path.parent.parent} is a dataset of Leyden, of packed rows and not of documents;"
+                f" export it first: leyden data export {path.parent.parent} --to hf FOLDER"
+            )
+    states = [path for path in every if path.name == "state.json"]
+    saved = {state.parent for state in states}
     # datasets leaves cache-*.arrow files of its own map() beside the data.
-    return relative.name.startswith("cache-") or any(p.startswith(".") for p in relative.parts)
+    others = [
+        path
+        for path in every
+        if path.suffix in SUFFIXES
+        and path.parent not in saved
+        and not path.name.startswith("cache-")
+    ]
+    return [*_listed(states), *others]
 
 
-def _listed(source: Path) -> list[Path]:
-    """Files in the order that save_to_disk recorded; [] for another folder."""
+def _listed(states: list[Path]) -> list[Path]:
+    """Files in the order that save_to_disk recorded."""
     files: list[Path] = []
-    for state in sorted([*source.glob("state.json"), *source.glob("*/state.json")]):
+    for state in states:
         try:
             names = [one["filename"] for one in json.loads(state.read_bytes())["_data_files"]]
         except (ValueError, KeyError, TypeError) as error:
@@ -101,15 +131,15 @@ def read_table(path: Path, column: str) -> Iterator[Block]:
         raise DataRefused(f"{path} is damaged or no such file ({why}); copy it anew") from None
 
 
-def _has_labels(path: Path) -> bool:
-    """Whether a table has labels of tokens; a damaged one fails where it is read."""
+def _schema(path: Path) -> pa.Schema:
+    """A table's columns; none of a damaged one, which fails where it is read."""
     try:
         if path.suffix != ".arrow":
-            return _labels(pq.read_schema(path)) != ""
+            return pq.read_schema(path)
         with pa.memory_map(str(path), "r") as source:
-            return _labels(_ipc(source)[0]) != ""
+            return _ipc(source)[0]
     except (pa.ArrowException, OSError):
-        return False
+        return pa.schema([])
 
 
 def _labels(schema: pa.Schema) -> str:
@@ -145,6 +175,11 @@ def _batches(path: Path, column: str) -> Iterator[tuple[pa.RecordBatch, _Columns
 
 
 def _columns(path: Path, schema: pa.Schema, wanted: str) -> _Columns:
+    if any(name in schema.names for name in _SHARD_COLUMNS):
+        raise DataRefused(
+            f"{path} is a shard of a Leyden dataset, of packed rows and not of documents; export "
+            "the dataset first: leyden data export DATASET --to hf FOLDER"
+        )
     tokens = token_column(path, schema, wanted)
     labels, mask = _labels(schema), MASK if MASK in schema.names else ""
     if mask:

@@ -23,6 +23,7 @@ from dist.token_source import (
     SourceFile,
     split_of,
     text_advice,
+    visible_files,
 )
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -30,12 +31,11 @@ MAX_TAR_BYTES = 256 << 20
 
 
 def find_tars(source: Path, column: str) -> list[SourceFile]:
-    """Tar files of a folder (and of folders named by split), or one tar file."""
+    """Tar files of a folder, at any depth (folders may be named by split), or one tar file."""
     if source.is_file():
         found = [source]
     else:
-        every = sorted([*source.glob("*"), *source.glob("*/*")]) if source.is_dir() else []
-        found = [path for path in every if path.name.endswith(SUFFIXES)]
+        found = [path for path in visible_files(source) if path.name.endswith(SUFFIXES)]
     if not found:
         raise ConfigError(f"no {', '.join(SUFFIXES)} file at {source}")
     base = source if source.is_dir() else source.parent
@@ -56,7 +56,7 @@ def read_tar(path: Path, column: str) -> Iterator[Block]:
     pending = 0
     try:
         with tarfile.open(path, "r:*") as tar:
-            for key, members in _samples(tar):
+            for key, members in _samples(path, tar):
                 documents.append(_tokens(f"{path}: sample {key!r}", members, column))
                 pending += len(documents[-1])
                 if pending >= BLOCK_TOKENS:
@@ -91,7 +91,7 @@ def _check_end(path: Path) -> None:
         )
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _samples(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, {extension: bytes}) of each run of members of equal key."""
     key, members = "", {}  # type: str, dict[str, bytes]
     for member in tar:
@@ -106,8 +106,13 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
             yield key, members
             members = {}
         file = tar.extractfile(member)
-        key = this
-        members[extension.lower()] = file.read() if file else b""
+        key, extension = this, extension.lower()
+        if extension in members:
+            raise DataRefused(
+                f"{path}: sample {key!r} has two members .{extension}; one of them would be "
+                "lost: give each sample a key of its own"
+            )
+        members[extension] = file.read() if file else b""
     if members:
         yield key, members
 
@@ -123,7 +128,7 @@ def _tokens(what: str, members: dict[str, bytes], column: str) -> NDArray[np.int
         elif not arrays and "json" in members:
             record = json.loads(members["json"])
             found = next((record[name] for name in names if name in record), None)
-            found = None if found is None else np.array(found)
+            found = None if found is None else np.array(found, None if found else np.int64)
     except (ValueError, TypeError) as error:
         raise DataRefused(f"{what}: {error}") from None
     if found is None:

@@ -39,8 +39,22 @@ class SourceFile:
     """Yields its documents; DataRefused for damage."""
     has_labels: bool = False
     """Whether its blocks say which tokens are trained."""
+    not_read: tuple[str, ...] = field(default=())
+    """Columns that change what its tokens mean, and that nothing here reads."""
     beside: tuple[Path, ...] = field(default=())
     """Other files that decide the tokens (an index); they are part of the source's digest."""
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Files at or under a folder, sorted; not the hidden ones, as of an export that was killed."""
+    if not folder.is_dir():
+        return []
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
 
 
 def split_of(relative: Path | str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from os.path import isfile
 from pathlib import Path
 
 from dist.errors import ConfigError
@@ -64,7 +65,7 @@ def verify(arguments: list[str]) -> int:
     from dist.verify import check_presence, verify_full
 
     folder = Path(options.reference)
-    if (folder / LEYDEN_JSON).is_file() or (folder / "config.json").is_file():
+    if isfile(folder / LEYDEN_JSON) or isfile(folder / "config.json"):  # False without permission
         model = check_folder(folder)
         print(
             f"verified: {model.files} files, {model.bytes / 1e6:,.1f} MB, every byte as exported "

@@ -168,7 +168,7 @@ def _safe(text: str) -> str:
 
 def _scan_lines(said: dict[str, Any]) -> list[str]:
     what = "all" if said["complete"] else f"{said['rows']:,} of"
-    sampled = "" if said["complete"] else ", evenly spaced record batches"
+    sampled = "" if said["complete"] else f", evenly spaced {said['sampled_by']}"
     padding = ", ".join(f"{split} {100 * v:.2f} %" for split, v in said["padding_share"].items())
     padding = f"; padding: {padding}" if padding else ""
     lines = [f"scanned    {what} {said['of_rows']:,} rows{sampled}{padding}"]

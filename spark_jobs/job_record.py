@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from dist.commit import find_job
+from dist.commit import find_job, make_latest
 from dist.errors import ConfigError
 from dist.local_files import write_atomic
 from dist.manifest import digest_of
@@ -52,8 +52,7 @@ def already_done(storage: Storage, job: str) -> str | None:
             f"already done: {storage.url}@{digest[:12]} was made by the same job from the same "
             "inputs, and all its shards are there"
         )
-        if storage.read("LATEST").decode().strip() != digest:
-            storage.write_atomic("LATEST", digest.encode() + b"\n")
+        make_latest(storage, digest)
     return digest
 
 

@@ -27,6 +27,7 @@ from dist.checked_shards import checked_path
 from dist.commit import (
     commit_dataset,
     find_job,
+    make_latest,
     publish_lengths,
     publish_shard,
     publish_template,
@@ -35,6 +36,7 @@ from dist.commit import (
 )
 from dist.config import parse_config
 from dist.dataset import Dataset, MixedDataset
+from dist.documents import breaks_after, breaks_of
 from dist.errors import ConfigError, run_main
 from dist.example_file import ExampleShard, ExampleShardWriter
 from dist.example_lengths import lengths_file
@@ -97,7 +99,9 @@ def run(config: Config) -> str:
          "removed": removed}
     )  # fmt: skip
     done = find_job(storage, job)
-    if done is None:
+    if done is not None:
+        make_latest(storage, done)
+    else:
         with target_lease(storage) as lease:
             shards, lost = write_shards(parent, storage, records)
             publish_what_is_named(parent, storage)
@@ -118,6 +122,9 @@ def run(config: Config) -> str:
                 "config": asdict(config), "code": code_version(), "started": started,
                 "ended": time.time(),
             }  # fmt: skip
+            if manifest.kind == "packed_tokens":
+                breaks = breaks_after(breaks_of(parent, "train"), removed)
+                provenance["breaks"] = {"train": breaks}
             done = commit_dataset(storage, manifest, provenance, job, lease)
     name = f"{config.source}=" if config.source else ""
     then = f"a run goes on with --switch_data {name}{storage.url}@{done[:12]}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist.commit import commit_dataset
-from dist.dataset import open_dataset
-from dist.documents import Joiner, read_documents
+from dist.data_inspect import scan
+from dist.dataset import Dataset
+from dist.documents import Joiner, breaks_after, read_documents
 from dist.packing import PackedRows, Packer
 from dist.shard_file import slice_rows
+from tests.derive import derive
 from tests.make_dataset import write_dataset
 
 
@@ -82,28 +84,52 @@ def test_the_books_of_a_dataset_balance(tmp_path: Path) -> None:
         assert sum(len(one.lengths) for one in parts) == totals["documents"]
 
 
-def test_nothing_goes_on_over_rows_that_were_taken_out(tmp_path: Path) -> None:
-    """A document whose middle was quarantined, exported as if the rest were one text."""
-    dataset = write_dataset(tmp_path / "data", seq_len=4, longest=40, documents=20)
-    before = sum(len(part.lengths) for part in read_documents(dataset, "train"))
-    row = spanning_row(dataset)
-    record = {**(dataset.read_provenance() or {}), "removed": {"split": "train", "rows": [row]}}
-    for name in dataset.storage.list("provenance"):
-        dataset.storage.delete(name)
-    commit_dataset(dataset.storage, dataset.manifest, record, "1" * 64)
-    after = sum(
-        len(part.lengths) for part in read_documents(open_dataset(dataset.storage.url), "train")
-    )
-    assert after == before + 1
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_nothing_goes_on_over_rows_that_were_taken_out(data: st.DataObject) -> None:
+    """A document whose middle was quarantined, exported as if the rest were one text; of several
+    quarantines only the newest remembered."""
+    with tempfile.TemporaryDirectory() as folder:
+        version = write_dataset(Path(folder) / "data", seq_len=4, longest=40, documents=8)
+        original = documents_in(version)
+        for number in range(data.draw(st.integers(1, 3))):
+            rows = version.split("train").num_rows
+            gone = data.draw(st.sets(st.integers(0, rows - 1), min_size=1, max_size=3))
+            version = derive(version, sorted(gone), Path(folder) / f"bundle-{number}")
+        for document in documents_in(version):
+            assert any(is_within(document, whole) for whole in original)
+        inspected = scan(version, 10**6).document_lengths.tolist()
+        split = [
+            len(one) for name in version.manifest.splits() for one in documents_in(version, name)
+        ]
+        assert sorted(inspected) == sorted(split)
 
 
-def spanning_row(dataset) -> int:
-    """A row of train whose first piece goes on from the row before."""
-    from dist.shard_file import PackedShard
+def documents_in(dataset: Dataset, split: str = "train") -> list[list[int]]:
+    """[input, offset, tokens...] of each."""
+    found: list[list[int]] = []
+    for part in read_documents(dataset, split):
+        take(part, found)
+    return found
 
-    shard = PackedShard(dataset.shard_path(dataset.manifest.shards[0]))
-    for row in range(1, shard.num_rows):
-        last, first = shard.lineage(row - 1)[-1], shard.lineage(row)[0]
-        if last[:2] == first[:2]:
-            return row
-    raise AssertionError("no document spans rows")
+
+def is_within(piece: list[int], whole: list[int]) -> bool:
+    """Whether a piece of a document is a run of its tokens."""
+    size = len(piece) - 2
+    runs = (whole[2:][at : at + size] for at in range(len(whole) - 1 - size))
+    return piece[:2] == whole[:2] and any(run == piece[2:] for run in runs)
+
+
+@given(breaks=st.sets(st.integers(0, 30)), steps=st.lists(st.sets(st.integers(0, 20)), max_size=4))
+def test_breaks_of_versions_in_turn_are_those_of_one(
+    breaks: set[int], steps: list[set[int]]
+) -> None:
+    """Rows of a version taken for rows of its parent."""
+    left, found = list(range(40)), sorted(breaks)
+    for removed in steps:
+        found = breaks_after(found, sorted(removed))
+        left = [row for at, row in enumerate(left) if at not in removed]
+    cut = sorted(set(range(40)) - set(left))
+    # Where the rows that are left stood beside others, or where there was a break before.
+    wanted = {sum(row < at for row in left) for at in [*breaks, *(row + 1 for row in cut)]}
+    assert set(found) == wanted
