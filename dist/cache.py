@@ -112,6 +112,8 @@ class NodeCache:
         Cancelled after `stop`.
         """
         stop = stop or threading.Event()
+        if stop.is_set():  # nobody would give it back
+            raise Cancelled(f"waiting for the shard {shard.name} was given up")
         try:
             self._enter(shard)
             handle: int | None = None
@@ -277,7 +279,12 @@ class NodeCache:
             return None
         if self.folder.file(shard, "arrow").exists():
             self.counts.hashed_again += 1
-            if self.folder.is_right(shard):
+            try:
+                is_right = self.folder.is_right(shard)
+            except BaseException:
+                drop_lock(handle)
+                raise
+            if is_right:
                 _note_use(handle)
                 return handle
         if not self.folder.file(shard, "arrow").exists():

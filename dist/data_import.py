@@ -108,7 +108,7 @@ def import_tokens(plan: ImportPlan, *, progress: bool = True) -> tuple[str, bool
     started = time.time()
     storage = Storage(plan.output)
     if storage.is_local:
-        _check_output(Path(plan.output.removeprefix("file://")), plan.source)
+        _check_output(Path(plan.output.removeprefix("file://")), plan)
     tokenizer_path = _tokenizer_path(plan.tokenizer)
     files = find_files(plan)
     plan = replace(plan, kind=_kind(plan, files))
@@ -139,13 +139,18 @@ def import_tokens(plan: ImportPlan, *, progress: bool = True) -> tuple[str, bool
         return commit_dataset(storage, manifest, provenance, job, lease), False
 
 
-def _check_output(output: Path, source: Path) -> None:
+def _check_output(output: Path, plan: ImportPlan) -> None:
     if output.exists() and not output.is_dir():
         raise ConfigError(f"the output {output} is no folder; name another")
-    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+    source = plan.source
+    if (
+        plan.format == "hf"
+        and source.is_dir()
+        and output.resolve().is_relative_to(source.resolve())
+    ):
         raise ConfigError(
             f"the output {output} lies in the source {source}, and the next import would take its "
-            "files for source; name a folder outside of it"
+            "shards for source; name a folder outside of it"
         )
 
 

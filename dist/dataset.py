@@ -215,6 +215,10 @@ class Dataset:
         """
         return self.cache.acquire(self.storage, shard, stop) if self.is_remote else None
 
+    def remote_shards(self, split: str) -> list[bool]:
+        """Which shards of a split come through the node's cache, in their order."""
+        return [self.is_remote] * len(self.manifest.shards_of(split))
+
     def read_provenance(self) -> dict[str, Any] | None:
         """How this version was made: inputs, config, versions, counters; None if it is gone.
 
@@ -286,6 +290,9 @@ class MixedDataset(Dataset):
             row_start=np.concatenate([np.zeros(1, np.int64), *rows]).cumsum(),
             tables=tuple(tables),
         )
+
+    def remote_shards(self, split: str) -> list[bool]:
+        return [one for part in self.parts for one in part.remote_shards(split)]
 
     def shard_path(self, shard: Shard) -> Path:
         return self._owner(shard).shard_path(shard)

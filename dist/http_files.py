@@ -34,7 +34,7 @@ class HttpError(OSError):
 
 
 class ShortRead(OSError):
-    """Fewer bytes came than were asked for, or the file ends before them."""
+    """The file ends before the bytes that were asked for."""
 
 
 class HttpFiles(AbstractFileSystem):
@@ -149,12 +149,14 @@ class HttpFiles(AbstractFileSystem):
                 if time.monotonic() - started > self.timeout_s + got / self.slowest_bytes_s:
                     raise TimeoutError(f"{got} bytes in {time.monotonic() - started:.0f} s")
         except http.client.IncompleteRead as error:
-            raise ShortRead(errno.EIO, f"the answer broke off: {error!r}") from None
+            raise ConnectionError(f"the answer broke off: {error!r}") from None
         except http.client.HTTPException as error:
             raise ConnectionError(repr(error)) from None
-        missing = (count or 0) - got if count is not None else (response.length or 0)
-        if missing > 0:
-            raise ShortRead(errno.EIO, f"{missing} bytes are missing after {got}")
+        if (count is None or got < count) and response.length:
+            # Promised, and did not come: that is the connection's end and not the file's.
+            raise ConnectionError(f"the answer broke off {response.length} bytes before its end")
+        if count is not None and got < count:
+            raise ShortRead(errno.EIO, f"{count - got} bytes are missing after {got}")
         return got
 
 

@@ -63,8 +63,9 @@ class RollbackRanges:
 def moved(p0: int, p1: int, before: MixedOrder, after: MixedOrder) -> Ranges:
     """Where the rows at positions [p0, p1) of one order come in another one of these sources.
 
-    None for those that do not come: of a source of weight 0, or removed meanwhile.
+    None for those that do not come: of a source of weight 0 or not in it yet, or removed meanwhile.
     """
     source, own = before.own_places(np.arange(p0, p1))
-    found = after.from_own(source, own)
+    known = source < len(after.orders)
+    found = after.from_own(source[known], own[known])
     return [[p, p + 1] for p in found[found != NEVER].tolist()]

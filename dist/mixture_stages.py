@@ -58,7 +58,7 @@ def plan_stages(
     version of now lacks; order_of: of such stages. A stage begins at the first whole unit at or
     after its sample; rows that are new in `removed` are left out from the very next sample on.
     """
-    weights, later = _wanted(names, config, at.t)
+    start, weights, later = _wanted(names, config, at.t)
     lanes = max(mode.lanes, 1)
     begun = -(-at.position // lanes)
     gone = _removals(at, removed, order_of)
@@ -68,12 +68,15 @@ def plan_stages(
         return _attached(stages, begun, gone)
 
     stages = [stage for stage in at.stages if stage["unit"] < begun]
-    if not stages or stages[-1]["weights"] != weights:
+    if not stages:
         stages = with_stage(stages, begun, weights)
     stages = whole(stages)
-    for sample, after in later:
+    # One formula for the stage of now and those ahead, or a run that is interrupted just where a
+    # stage begins would go on otherwise: what a rollback left out may lie before its first sample.
+    for sample, after in [(start, weights), *later]:
         position = int(Skips(ranges.under(stages)).to_stream(np.array([sample]))[0])
-        stages = whole(with_stage(stages, -(-position // lanes), after))
+        if stages[-1]["weights"] != after:
+            stages = whole(with_stage(stages, max(begun, -(-position // lanes)), after))
     return stages
 
 
@@ -157,9 +160,10 @@ def record_stages(
 
 def _wanted(
     names: Sequence[str], config: Any, t: int
-) -> tuple[list[int], list[tuple[int, list[int]]]]:
-    """(weights at sample t, [(sample, weights)] after it), as integers in the order of `names`."""
-    data = config.data
+) -> tuple[int, list[int], list[tuple[int, list[int]]]]:
+    """(sample since which they hold, weights at sample t, [(sample, weights)] after it), as
+    integers in the order of `names`."""
+    data, since = config.data, 0
     now = integer_weights({one.name: one.weight for one in _ordered(names, data.sources)})
     starts = [
         (stage.from_sample if stage.from_sample >= 0 else stage.from_step * config.global_batch,
@@ -169,8 +173,8 @@ def _wanted(
     starts.sort(key=lambda one: one[0])
     for sample, weights in starts:
         if sample <= t:
-            now = weights
-    return now, [one for one in starts if one[0] > t]
+            since, now = sample, weights
+    return since, now, [one for one in starts if one[0] > t]
 
 
 def _ordered(names: Sequence[str], sources: Sequence[Any]) -> list[Any]:

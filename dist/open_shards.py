@@ -75,6 +75,8 @@ class OpenShards:
 
     def __init__(self, dataset: Dataset, split: SplitTable, verifier: ShardVerifier | None) -> None:
         self._dataset, self._split = dataset, split
+        self._is_remote = dataset.remote_shards(split.name)
+        """By number: of a mixture some may be local."""
         self._verifier = verifier
         self._open: OrderedDict[int, tuple[Any, Lease | None]] = OrderedDict()
         self._lock = threading.Lock()
@@ -93,7 +95,7 @@ class OpenShards:
                 pass
             return found[0]
         shard = self._split.shards[number]
-        if self._dataset.is_remote:
+        if self._is_remote[number]:
             self._close_beyond_half(shard.bytes)
         lease = self._dataset.hold(shard, self._stop)
         if lease is None and self._verifier is not None:  # the cache has checked what it lends
@@ -103,7 +105,7 @@ class OpenShards:
         with self._lock:
             self._open[number] = (mapped, lease)
         if len(self._open) > self._most_open:
-            self._close_coldest()
+            self._close_coldest(remote_only=False)
         return mapped
 
     def groups(self, numbers: list[int]) -> Iterator[list[Any]]:
@@ -112,7 +114,7 @@ class OpenShards:
         group: list[Any] = []
         size = 0
         for number in numbers:
-            more = self._split.shards[number].bytes
+            more = self._split.shards[number].bytes if self._is_remote[number] else 0
             if group and (len(group) == self._most_open or not self._may_open(size + more)):
                 yield group
                 group, size = [], 0
@@ -124,9 +126,12 @@ class OpenShards:
         return not self._dataset.is_remote or num_bytes <= self._dataset.cache.share_bytes // 2
 
     def are_here(self, numbers: list[int]) -> bool:
-        """Whether remote shards are open, or were fetched ahead."""
+        """Whether shards are local, open, or were fetched ahead."""
         ahead = self._ahead
-        return all(n in self._open or (ahead is not None and ahead.has(n)) for n in numbers)
+        return all(
+            not self._is_remote[n] or n in self._open or (ahead is not None and ahead.has(n))
+            for n in numbers
+        )
 
     def begin(self, order: Any, plan: Any) -> None:
         """Fetch ahead along a plan; nothing where shards are local or it has begun."""
@@ -157,8 +162,9 @@ class OpenShards:
                 with suppress(ValueError):
                     holders.remove(one)
             ahead.close()
-            while self._close_coldest():
-                pass
+        # Also where there was no plan any more: a thread may have opened some meanwhile.
+        while self._close_coldest():
+            pass
 
     def _close_beyond_half(self, more_bytes: int) -> None:
         half = self._dataset.cache.share_bytes // 2
@@ -167,14 +173,17 @@ class OpenShards:
 
     def _open_bytes(self) -> int:
         with self._lock:
-            return sum(self._split.shards[number].bytes for number in self._open)
+            shards = [self._split.shards[n] for n in self._open if self._is_remote[n]]
+            return sum(shard.bytes for shard in shards)
 
-    def _close_coldest(self) -> bool:
+    def _close_coldest(self, remote_only: bool = True) -> bool:
         """Give one mapped shard back; False if there is none."""
         with self._lock:
-            if not self._open:
+            numbers = (n for n in self._open if self._is_remote[n] or not remote_only)
+            number = next(numbers, None)
+            if number is None:
                 return False
-            _, (_, lease) = self._open.popitem(last=False)
+            _, lease = self._open.pop(number)
         # Whoever reads a row of it now, or is about to, keeps the map alive by a reference.
         if lease is not None:
             lease.release()
@@ -193,7 +202,9 @@ class ShardsAhead:
     ) -> None:
         self._dataset, self._split, self._steps = dataset, split, steps
         self._cache: NodeCache = dataset.cache
-        self._largest = max(shard.bytes for shard in split.shards)
+        self._is_remote = dataset.remote_shards(split.name)
+        pairs = zip(split.shards, self._is_remote, strict=True)
+        self._largest = max((shard.bytes for shard, remote in pairs if remote), default=0)
         self._pins: dict[int, Lease] = {}
         self._last_step: dict[int, int] = {}
         """Of each shard that was planned: the last step known to read it."""
@@ -247,12 +258,21 @@ class ShardsAhead:
         for step, numbers in self._steps:
             first = step if first is None else first
             for number in numbers:
-                if not self._wait_for_turn(step, first, number):
+                if self._is_remote[number] and not self._wait_for_turn(step, first, number):
                     return
             if self._stop.is_set():
                 return
         while not self._stop.wait(_LOOK_S):
+            self._keep_to_share()
+
+    def _keep_to_share(self) -> int:
+        """Bytes of this process's share; 0 where the folder cannot be read just now (too many open
+        files, say): this thread looks again, and who reads meets it too if it stays."""
+        try:
             self._cache.keep_to_share()
+            return self._cache.share_bytes
+        except OSError:
+            return 0
 
     def _wait_for_turn(self, step: int, first: int, number: int) -> bool:
         """Start to fetch a shard for a step as soon as it may be; False after a stop."""
@@ -266,11 +286,11 @@ class ShardsAhead:
                     return True
             # The share shrinks when another process comes, and the reader may sit in an all-reduce
             # with a rank that waits for room.
-            self._cache.keep_to_share()
+            share_bytes = self._keep_to_share()
             with self._changed:
                 near = step <= self._at(first) + STEPS_AHEAD or len(self._last_step) < SHARDS_AHEAD
                 if near and len(self._under_way) < FETCHES_AT_ONCE:
-                    room = self._cache.share_bytes - self._largest - size
+                    room = share_bytes - self._largest - size
                     if self._cache.held_bytes + self._begun_bytes() <= room:
                         self._under_way.add(number)
                         self._last_step[number] = step
@@ -297,14 +317,16 @@ class ShardsAhead:
     def _fetch(self, number: int) -> None:
         lease: Lease | None = None
         # The reader meets the same failure, and it is the reader who raises it.
-        with suppress(LeydenError, OSError):
-            lease = self._dataset.hold(self._split.shards[number], self._stop)
-        with self._changed:
-            self._under_way.discard(number)
-            wanted = number in self._last_step and not self._stop.is_set()
-            if lease is not None and wanted and number not in self._pins:
-                self._pins[number] = lease
-                lease = None
-            self._changed.notify_all()
-        if lease is not None:
-            lease.release()
+        try:
+            with suppress(LeydenError, OSError):
+                lease = self._dataset.hold(self._split.shards[number], self._stop)
+        finally:
+            with self._changed:
+                self._under_way.discard(number)
+                wanted = number in self._last_step and not self._stop.is_set()
+                if lease is not None and wanted and number not in self._pins:
+                    self._pins[number] = lease
+                    lease = None
+                self._changed.notify_all()
+            if lease is not None:
+                lease.release()

@@ -48,6 +48,20 @@ class Stages:
         """Rows of train that are left out in the end, numbered as in the first dataset."""
         return sorted({row for line in self.lines for row in line["removed"]})
 
+    def late(self, position: int) -> list[int]:
+        """Rows that are left out, but only from later positions on than this one."""
+        first: dict[int, int] = {}
+        for line in self.lines:
+            for row in line["removed"]:
+                first[row] = min(first.get(row, line["position"]), line["position"])
+        return sorted(row for row, begins in first.items() if begins > position)
+
+    def reach(self, samples: int, num_rows: int, ranges: Sequence[Sequence[int]]) -> int:
+        """A position in the stream, of `num_rows` an epoch, before which that many samples are left
+        without `ranges` and the removed rows."""
+        taken = samples + sum(p1 - p0 for p0, p1 in ranges)
+        return max(2 * taken, taken * num_rows // (num_rows - len(self.removed)) + num_rows)
+
     def skipped(
         self, ranges: list[list[int]], num_rows: int, seed: int, end: int, order: Any = None
     ) -> list[Any]:
@@ -133,10 +147,9 @@ def begin_stage(run: RunDir, identity: dict[str, Any], target: str, t: int, skip
     # The stream without the removal: what stands before sample t stays as it is.
     position = int(Skips(skipped).to_stream(np.array([t]))[0])
     if stages.digest == dataset.data_digest:
-        if position < min(line["position"] for line in stages.lines):
-            # An older checkpoint than that of the switch: the removal begins earlier.
-            line = {**stages.lines[-1], "position": position, "removed": stages.removed}
-            run.append(STAGES, line)
+        if late := stages.late(position):
+            # An older checkpoint than that of a switch: its removal begins earlier.
+            run.append(STAGES, {**stages.lines[-1], "position": position, "removed": late})
         return read_stages(run)
     current = stages.digest or identity["data_digest"]
     record = dataset.read_provenance() or {}
@@ -162,6 +175,7 @@ def begin_stage(run: RunDir, identity: dict[str, Any], target: str, t: int, skip
                 f"data.seq_len. Begin a run with --data.url {target}, or derive a version from a "
                 "bundle of this run"
             ) from None
+    removed = sorted({*removed, *stages.late(position)})  # all that the version of now lacks
     run.append(
         STAGES,
         {"t": t, "position": position, "data": dataset.reference, "removed": removed,
@@ -198,14 +212,10 @@ def rows_of_run(run: RunDir, dataset: Dataset, data: Any) -> Dataset:
 
 def first_numbers(rows: list[int], removed: list[int]) -> list[int]:
     """Rows of a dataset without `removed`, numbered as in the one with them."""
-    found = []
-    for row in sorted(rows):
-        number = row
-        for gone in removed:
-            if gone <= number:
-                number += 1
-        found.append(number)
-    return found
+    # Before removed[i] there are removed[i] - i rows of the dataset without them.
+    kept_before = np.array(removed, np.int64) - np.arange(len(removed))
+    numbers = np.sort(np.array(rows, np.int64))
+    return (numbers + np.searchsorted(kept_before, numbers, side="right")).tolist()
 
 
 def open_as_begun(url: str, digest: str, cache: CacheConfig | None = None) -> Dataset:

@@ -142,7 +142,9 @@ def start_run(
     end_t = config.max_epochs * num_rows or None
     most = (end_t or config.max_steps * config.global_batch) + num_rows
     most += LOOK_AHEAD_STEPS * config.global_batch
-    skipped = stages.skipped(read_skipped(run), num_rows, config.seed, 2 * most, order)
+    rolled_back = read_skipped(run)
+    end = stages.reach(most, num_rows, rolled_back)
+    skipped = stages.skipped(rolled_back, num_rows, config.seed, end, order)
     if end_t is not None:
         end_t -= Skips(skipped).left_out_before(end_t)
 

@@ -72,7 +72,7 @@ def retried(
     for a store that refuses or cannot be reached, Cancelled after `stop`.
     """
     retries, stop = retries or RETRIES, stop or threading.Event()
-    failed = 0
+    failed = shorts = 0
     while True:
         if stop.is_set():
             raise Cancelled(f"reading {url} was given up")
@@ -83,8 +83,8 @@ def retried(
         except Exception as error:  # each store has its own kinds
             failed += 1
             last = failed >= retries.tries
-            short = is_short(error)
-            if short and (last or failed >= _SHORT_TRIES):
+            shorts = shorts + 1 if is_short(error) else 0
+            if shorts >= min(_SHORT_TRIES, retries.tries):
                 raise DataRefused(
                     f"{url} is shorter than the manifest says: {_said(error)}; copy it anew"
                 ) from error
@@ -127,6 +127,8 @@ def fetch_file(
 
             def take(data: bytes) -> None:
                 nonlocal written
+                if given_up.is_set():  # or a process that ends waits for bytes that nobody wants
+                    raise Cancelled(f"reading {url} was given up")
                 left = memoryview(data)
                 try:
                     while left:

@@ -80,8 +80,8 @@ def test_part_scans_never_see_a_cut_document(tmp_path: Path) -> None:
 
 def test_a_sample_is_spread_over_the_split(dataset: Dataset) -> None:
     """The first record batches only: of a corpus in the order of its sources, one source."""
-    whole = [number for number, _, _ in _batches(dataset, "train", 10**9)]
-    chosen = [number for number, _, _ in _batches(dataset, "train", 100)]
+    whole = [number for number, _, _, _ in _batches(dataset, "train", 10**9)]
+    chosen = [number for number, _, _, _ in _batches(dataset, "train", 100)]
     assert whole == list(range(len(whole))) and 20 < len(chosen) < len(whole) / 3
     gaps = np.diff([*chosen, len(whole)])
     assert chosen[0] == 0 and gaps.max() - gaps.min() <= 1

@@ -193,7 +193,7 @@ BAD = {
     ),
     "an example too long": (
         {"input_ids": [[5, 6], [7, 8, 9]], "labels": [[-100, 6], [7, -100, 9]]},
-        {"max_length": 2}, "record 1 of input 0 has 3 tokens, max_length is 2",
+        {"max_length": 2}, "record 1 has 3 tokens, max_length is 2",
     ),
     "examples without labels": (
         {"input_ids": [[5, 6]]}, {"kind": "examples"}, "has no labels",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from dist.data_export import export_dataset
 from dist.data_import import ImportPlan, import_tokens
 from dist.dataset import Dataset, mix, open_dataset
 from dist.errors import ConfigError, DataRefused
+from dist.mds_format import find_mds
 from dist.storage import Storage
 from spark_jobs.job_record import already_done
 from tests.make_dataset import tokenizer_json, write_dataset
-from tests.test_dist_token_formats import MDS_DOCUMENTS
+from tests.test_dist_token_formats import GOLDEN
 
 
 @pytest.fixture
@@ -32,10 +34,10 @@ def tokenizer(tmp_path: Path) -> Path:
     return path
 
 
-def plan_of(kind: str, source: Path, tokenizer: Path, **more: Any) -> ImportPlan:
+def plan_of(form: str, source: Path, tokenizer: Path, **more: Any) -> ImportPlan:
     output = str(more.pop("output", tokenizer.parent / "imported"))
     return ImportPlan(
-        format=kind, source=source, output=output, tokenizer=str(tokenizer), seq_len=8, **more
+        format=form, source=source, output=output, tokenizer=str(tokenizer), seq_len=8, **more
     )  # fmt: skip
 
 
@@ -66,11 +68,11 @@ def write_tar(path: Path, members: list[tuple[str, list[int]]]) -> None:
 def test_packed_rows_of_ours_are_no_documents(tmp_path: Path, tokenizer: Path) -> None:
     """Padding trained as tokens and validation as train: shards that lie in the source, as of an
     import into it, read as tables."""
-    dataset = write_dataset(tmp_path / "own", vocab_size=290)
+    dataset = write_dataset(tmp_path / "many" / "own", vocab_size=290)
     with pytest.raises(ConfigError, match="is a dataset of Leyden.*export it first"):
-        import_tokens(plan_of("hf", tmp_path / "own", tokenizer), progress=False)
+        import_tokens(plan_of("hf", tmp_path / "many" / "own", tokenizer), progress=False)
     with pytest.raises(ConfigError, match="is a dataset of Leyden"):
-        import_tokens(plan_of("hf", tmp_path, tokenizer, output="/tmp/x"), progress=False)
+        import_tokens(plan_of("hf", tmp_path / "many", tokenizer), progress=False)
     shard = dataset.shard_path(dataset.manifest.shards[0])
     with pytest.raises(DataRefused, match="is a shard of a Leyden dataset"):
         import_tokens(plan_of("hf", shard, tokenizer), progress=False)
@@ -80,7 +82,7 @@ def test_packed_rows_of_ours_are_no_documents(tmp_path: Path, tokenizer: Path) -
             import_tokens(plan_of("hf", tmp_path / "src", tokenizer, output=output), progress=False)
     with pytest.raises(ConfigError, match="is no folder"):
         import_tokens(plan_of("hf", tmp_path / "src", tokenizer, output=tokenizer), progress=False)
-    assert not (tmp_path / "imported").exists()
+    assert not (tmp_path / "imported" / "LATEST").exists()
 
 
 def test_files_are_found_at_any_depth_and_hidden_ones_are_not(
@@ -91,19 +93,20 @@ def test_files_are_found_at_any_depth_and_hidden_ones_are_not(
     for number, where in enumerate(("a.tar", "x/b.tar", "x/y/z/c.tar")):
         write_tar(tars / where, [("k.npy", [number + 1])])
         write_table(tables / where.replace(".tar", ".parquet"), [[number + 1]])
-        index = mds / where.replace(".tar", "") / "index.json"
-        index.parent.mkdir(parents=True)
-        index.write_text(json.dumps({"version": 2, "shards": []}))
+        shutil.copytree(GOLDEN / "mds" / "nd", mds / where.replace(".tar", ""))
     for hidden in (".b.tar", ".tars.12.abc.tmp/train-000000.tar"):
         write_tar(tars / hidden, [("k.npy", [9])])
         write_table(tables / hidden.replace(".tar", ".parquet"), [[9]])
     for kind, source in (("webdataset", tars), ("hf", tables)):
         plan = plan_of(kind, source, tokenizer, output=tmp_path / kind)
         assert imported(plan).manifest.totals["train"]["tokens"] == 3
+    shutil.copytree(GOLDEN / "mds" / "nd", mds / ".killed")
+    assert len(find_mds(mds, "", "")) == 3 * len(find_mds(GOLDEN / "mds" / "nd", "", ""))
+    none = tmp_path / "none" / "index.json"
+    none.parent.mkdir()
+    none.write_text(json.dumps({"version": 2, "shards": []}))
     with pytest.raises(DataRefused, match="holds no tokens of the split train"):
-        import_tokens(plan_of("mds", mds, tokenizer), progress=False)
-    golden = MDS_DOCUMENTS
-    assert golden  # whole shards are read by test_dist_token_formats
+        import_tokens(plan_of("mds", none.parent, tokenizer), progress=False)
 
 
 def test_tables_beside_those_of_save_to_disk_are_read(tmp_path: Path, tokenizer: Path) -> None:

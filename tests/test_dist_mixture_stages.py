@@ -209,6 +209,33 @@ def test_any_story_meets_each_row_once(
     run.check_all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(sizes=SIZES, lanes=st.sampled_from([0, 2, 4]), batch=st.integers(1, 6), data=st.data())
+def test_an_interruption_at_any_step_changes_nothing(
+    sizes: list[list[int]], lanes: int, batch: int, data: st.DataObject
+) -> None:
+    """A run that stops just where a stage begins, and goes on with other rows: as a rollback left
+    out the stage's first samples, or as the stage says what held before."""
+    tables = [np.concatenate(([0], np.cumsum(one))) for one in sizes]
+    mode = OrderMode(mode="windowed", lanes=lanes, window=1) if lanes else OrderMode()
+    run, draw = Simulated(tables, mode, batch), data.draw
+    weights = draw(weights_of(2), label="weights")
+    # Mostly at steps, as from_step says; now and then what holds already.
+    places = st.integers(1, 8).map(lambda step: step * batch) | st.integers(1, 8 * batch)
+    after = weights_of(2) | st.just([2 * one for one in weights])
+    later = draw(st.dictionaries(places, after, max_size=3), label="later")
+    spoiled = draw(st.integers(0, 6), label="spoiled")
+    run.attempt(weights, later, 8, 1, spoiled)
+    kept = draw(st.integers(1, len(run.checkpoints)), label="kept")
+    del run.checkpoints[kept:]
+    run.attempt(weights, later, 8, 1, None)
+    whole, states = [one[:2] for one in run.met], list(run.checkpoints)
+    for stop in range(kept, len(states)):
+        run.checkpoints = states[:stop]
+        run.attempt(weights, later, len(states) - stop, 1, None)
+        assert [one[:2] for one in run.met] == whole, f"stopped at {states[stop - 1]}"
+
+
 def test_a_removal_begins_in_the_middle_of_a_unit() -> None:
     """A removal from the next whole unit on: the derived version lacks rows that still come."""
     for first in range(1, 6):
