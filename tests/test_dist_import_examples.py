@@ -125,9 +125,9 @@ def test_spans_are_those_of_a_loop_over_labels(
     expected = [one for one in made if one[1]]
     if not expected:
         with pytest.raises(DataRefused, match="no example with a trained token"):
-            imported(folder, folder / "out", tokenizer)
+            imported(folder, folder.with_name(f"{folder.name}-out"), tokenizer)
         return
-    found = imported(folder, folder / "out", tokenizer)
+    found = imported(folder, folder.with_name(f"{folder.name}-out"), tokenizer)
     assert examples_of(found, "train") == expected
     record = found.read_provenance()
     assert record is not None and record["counters"]["filtered"] == len(made) - len(expected)
