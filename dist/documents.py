@@ -101,7 +101,11 @@ def read_examples(dataset: Dataset, split: str) -> Iterator[Documents]:
 
 def breaks_of(dataset: Dataset, split: str) -> list[int]:
     """Rows of a derived version before which rows were taken out: nothing goes on over those."""
-    return list(((dataset.read_provenance() or {}).get("breaks") or {}).get(split, []))
+    record = dataset.read_provenance() or {}
+    if "breaks" not in record:  # derived before 2026-11-29: only its own step is known
+        removed = record.get("removed") or {}
+        return breaks_after([], removed["rows"]) if removed.get("split") == split else []
+    return list(record["breaks"].get(split, []))
 
 
 def breaks_after(breaks: Sequence[int], removed: Sequence[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist.data_inspect import scan
-from dist.dataset import Dataset
+from dist.dataset import Dataset, open_dataset
 from dist.documents import Joiner, breaks_after, read_documents
+from dist.manifest import digest_of
 from dist.packing import PackedRows, Packer
 from dist.shard_file import slice_rows
 from tests.derive import derive
@@ -101,6 +103,25 @@ def test_nothing_goes_on_over_rows_that_were_taken_out(data: st.DataObject) -> N
         inspected = scan(version, 10**6).document_lengths.tolist()
         told = [one for name in version.manifest.splits() for one in documents_in(version, name)]
         assert sorted(inspected) == sorted(len(one) - 2 for one in told)
+
+
+def test_an_older_version_knows_its_own_step(tmp_path: Path) -> None:
+    """A derived version of before `breaks`, exported as if nothing had been taken out."""
+    first = write_dataset(tmp_path / "data", seq_len=4, longest=40, documents=8)
+    version = derive(first, [3, 7], tmp_path / "bundle")
+    wanted = documents_in(version)
+    (path,) = (
+        path
+        for path in (tmp_path / "data" / "provenance").iterdir()
+        if json.loads(path.read_bytes())["data_digest"] == version.data_digest
+    )
+    record = json.loads(path.read_bytes())
+    assert record.pop("breaks") == {"train": [3, 6]}
+    path.unlink()
+    path.with_name(f"{digest_of(record)}.json").write_text(
+        json.dumps(record, indent=1, sort_keys=True) + "\n"
+    )
+    assert documents_in(open_dataset(version.reference)) == wanted
 
 
 def documents_in(dataset: Dataset, split: str = "train") -> list[list[int]]:
