@@ -307,7 +307,9 @@ def _pack(
         raise DataRefused(f"the books do not balance: {counters}; nothing is committed")
     # Those of an export are known; of others they are what every document begins or ends with.
     known = ends_of_export(plan.source, tokenizer_digest(tokenizer_json))
-    bos, eos = (a if a is not None else b for a, b in zip(known, ends.found(), strict=True))
+    found = ends.found()
+    bos = known[0] if known[0] is not None else found[0]
+    eos = known[1] if known[1] is not None and cut is None else found[1]
     schema = {
         "token_dtype": dtype, "vocab_size": tokenizer.vocab_size, "bos_id": bos, "eos_id": eos,
         "rows_per_batch": batch_rows,

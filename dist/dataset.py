@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -292,17 +293,24 @@ class MixedDataset(Dataset):
         )
 
     def remote_shards(self, split: str) -> list[bool]:
-        return [one for part in self.parts for one in part.remote_shards(split)]
+        return [self._owner(shard).is_remote for shard in self.manifest.shards_of(split)]
 
     def shard_path(self, shard: Shard) -> Path:
         return self._owner(shard).shard_path(shard)
 
+    @cached_property
+    def _owners(self) -> dict[str, Dataset]:
+        # Names are digests, so of several any will do; a local one costs least.
+        parts = sorted(self.parts, key=lambda part: not part.is_remote)
+        return {shard.name: part for part in parts for shard in part.manifest.shards}
+
     def _owner(self, shard: Shard) -> Dataset:
-        """The source that holds a shard; its name is its digest, so of several any will do."""
-        for part in self.parts:
-            if shard in part.manifest.shards:
-                return part
-        raise ValueError(f"{shard.name} is of none of the sources {', '.join(self.names)}")
+        """A source that holds a shard."""
+        try:
+            return self._owners[shard.name]
+        except KeyError:
+            names = ", ".join(self.names)
+            raise ValueError(f"{shard.name} is of none of the sources {names}") from None
 
     @property
     def is_remote(self) -> bool:

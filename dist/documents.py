@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from dist.arrow_view import numpy_view
 from dist.checked_shards import checked_path
-from dist.dataset import Dataset
+from dist.dataset import Dataset, open_dataset
+from dist.errors import ConfigError, DataRefused
 from dist.example_file import ExampleShard
 from dist.packing import PackedRows
 
@@ -102,10 +103,15 @@ def read_examples(dataset: Dataset, split: str) -> Iterator[Documents]:
 def breaks_of(dataset: Dataset, split: str) -> list[int]:
     """Rows of a derived version before which rows were taken out: nothing goes on over those."""
     record = dataset.read_provenance() or {}
-    if "breaks" not in record:  # derived before 2026-11-29: only its own step is known
-        removed = record.get("removed") or {}
-        return breaks_after([], removed["rows"]) if removed.get("split") == split else []
-    return list(record["breaks"].get(split, []))
+    removed = record.get("removed") or {}
+    if "breaks" in record or removed.get("split") != split:
+        return list((record.get("breaks") or {}).get(split, []))
+    # Derived before 2026-11-29: it tells its own step, and its parents theirs.
+    try:
+        parent = open_dataset(f"{dataset.storage.url}@{record['parent']}")
+    except (ConfigError, DataRefused):
+        return breaks_after([], removed["rows"])
+    return breaks_after(breaks_of(parent, split), removed["rows"])
 
 
 def breaks_after(breaks: Sequence[int], removed: Sequence[int]) -> list[int]:

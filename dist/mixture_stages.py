@@ -75,8 +75,10 @@ def plan_stages(
     # stage begins would go on otherwise: what a rollback left out may lie before its first sample.
     for sample, after in [(start, weights), *later]:
         position = int(Skips(ranges.under(stages)).to_stream(np.array([sample]))[0])
-        if stages[-1]["weights"] != after:
-            stages = whole(with_stage(stages, max(begun, -(-position // lanes)), after))
+        unit = max(begun, -(-position // lanes))
+        before = [stage for stage in stages if stage["unit"] < unit]
+        is_new = not before or before[-1]["weights"] != after
+        stages = whole(with_stage(before, unit, after) if is_new else before)
     return stages
 
 

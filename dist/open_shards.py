@@ -25,6 +25,8 @@ MAX_OPEN_SHARDS = 4096
 """Opening a shard takes some 0.3 ms and 0.1 MB; in a global order each row may lie in another."""
 STEPS_AHEAD = 64
 SHARDS_AHEAD = 8
+MOST_STEPS_AHEAD = 1 << 16
+"""So far a plan is searched for shards to fetch."""
 FETCHES_AT_ONCE = 4
 _LOOK_S = 0.2
 
@@ -173,13 +175,14 @@ class OpenShards:
 
     def _open_bytes(self) -> int:
         with self._lock:
-            shards = [self._split.shards[n] for n in self._open if self._is_remote[n]]
+            shards = [self._split.shards[n] for n in list(self._open) if self._is_remote[n]]
             return sum(shard.bytes for shard in shards)
 
     def _close_coldest(self, remote_only: bool = True) -> bool:
         """Give one mapped shard back; False if there is none."""
         with self._lock:
-            numbers = (n for n in self._open if self._is_remote[n] or not remote_only)
+            # A list is made in one step: a reader moves numbers without the lock.
+            numbers = (n for n in list(self._open) if self._is_remote[n] or not remote_only)
             number = next(numbers, None)
             if number is None:
                 return False
@@ -257,6 +260,8 @@ class ShardsAhead:
         first: int | None = None
         for step, numbers in self._steps:
             first = step if first is None else first
+            if not self._wait_until_near(step, first):
+                return
             for number in numbers:
                 if self._is_remote[number] and not self._wait_for_turn(step, first, number):
                     return
@@ -264,6 +269,19 @@ class ShardsAhead:
                 return
         while not self._stop.wait(_LOOK_S):
             self._keep_to_share()
+
+    def _wait_until_near(self, step: int, first: int) -> bool:
+        """Wait until a step may be looked at; False after a stop. Where all its shards are local,
+        or here, nothing else would hold this thread back from the end of the plan."""
+        while not self._stop.is_set():
+            with self._changed:
+                ahead = step - self._at(first)
+                few = len(self._last_step) < SHARDS_AHEAD
+                if ahead <= STEPS_AHEAD or (few and ahead <= MOST_STEPS_AHEAD):
+                    return True
+                self._changed.wait(_LOOK_S)
+            self._keep_to_share()
+        return False
 
     def _keep_to_share(self) -> int:
         """Bytes of this process's share; 0 where the folder cannot be read just now (too many open

@@ -40,7 +40,7 @@ _PACKED_COLUMNS = ("position_ids", "seq_lengths")
 """A row with one of these may be several examples that were joined."""
 _MASK_COLUMNS = ("assistant_masks", "loss_mask", "completion_mask")
 """What is trained, as transformers' chat templates, Megatron and TRL call it."""
-_SHARD_COLUMNS = ("doc_lens", "loss_spans")
+_SHARD_COLUMNS = ({"doc_lens", "doc_input"}, {"loss_spans", "segment_lens"})
 
 
 class _Columns(NamedTuple):
@@ -87,7 +87,12 @@ def _tables_in(source: Path) -> list[Path]:
                 f"{path.parent.parent} is a dataset of Leyden, of packed rows and not of documents;"
                 f" export it first: leyden data export {path.parent.parent} --to hf FOLDER"
             )
-    states = [path for path in every if path.name == "state.json"]
+    states = [
+        path
+        for path in every
+        if path.name == "state.json"
+        and (len(path.relative_to(source).parts) <= 2 or b'"_data_files"' in path.read_bytes())
+    ]
     saved = {state.parent for state in states}
     # datasets leaves cache-*.arrow files of its own map() beside the data.
     others = [
@@ -175,7 +180,7 @@ def _batches(path: Path, column: str) -> Iterator[tuple[pa.RecordBatch, _Columns
 
 
 def _columns(path: Path, schema: pa.Schema, wanted: str) -> _Columns:
-    if any(name in schema.names for name in _SHARD_COLUMNS):
+    if any(names <= set(schema.names) for names in _SHARD_COLUMNS):
         raise DataRefused(
             f"{path} is a shard of a Leyden dataset, of packed rows and not of documents; export "
             "the dataset first: leyden data export DATASET --to hf FOLDER"

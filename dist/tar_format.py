@@ -107,7 +107,7 @@ def _samples(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, 
             members = {}
         file = tar.extractfile(member)
         key, extension = this, extension.lower()
-        if extension in members:
+        if extension in members and (extension.endswith("npy") or extension == "json"):
             raise DataRefused(
                 f"{path}: sample {key!r} has two members .{extension}; one of them would be "
                 "lost: give each sample a key of its own"

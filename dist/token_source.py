@@ -45,16 +45,22 @@ class SourceFile:
     """Other files that decide the tokens (an index); they are part of the source's digest."""
 
 
-def visible_files(folder: Path) -> list[Path]:
-    """Files at or under a folder, sorted; not the hidden ones, as of an export that was killed."""
+def visible_files(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> list[Path]:
+    """Files at or under a folder, sorted; not the hidden ones, as of an export that was killed.
+
+    Links are followed, and one that leads nowhere is listed: whoever reads it says so.
+    """
     if not folder.is_dir():
         return []
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    ]
+    facts = folder.stat()
+    here = (facts.st_dev, facts.st_ino)
+    if here in above:  # a link to a folder that it lies in
+        return []
+    found: list[Path] = []
+    for path in folder.iterdir():
+        if not path.name.startswith("."):
+            found += visible_files(path, (*above, here)) if path.is_dir() else [path]
+    return sorted(found)
 
 
 def split_of(relative: Path | str) -> str | None:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -100,7 +101,7 @@ def run(config: Config) -> str:
     )  # fmt: skip
     done = find_job(storage, job)
     if done is not None:
-        make_latest(storage, done)
+        _finish(storage, parent.data_digest, done)
     else:
         with target_lease(storage) as lease:
             shards, lost = write_shards(parent, storage, records)
@@ -133,6 +134,16 @@ def run(config: Config) -> str:
     what = "examples" if isinstance(parent, ExampleDataset) else "rows"
     print(f"{storage.url}@{done}: {len(removed)} {what} of {parent.reference} left out; {then}")
     return done
+
+
+def _finish(storage: Storage, parent: str, done: str) -> None:
+    """Let LATEST name a version that an earlier start made and was killed; never an older one than
+    it names already."""
+    with suppress(FileNotFoundError):
+        if storage.read("LATEST").decode(errors="replace").strip() != parent:
+            return
+    with target_lease(storage):
+        make_latest(storage, done)
 
 
 def chosen(config: Config, record: dict[str, Any]) -> tuple[Dataset, list[int]]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dist.data_inspect import scan
 from dist.dataset import Dataset, open_dataset
-from dist.documents import Joiner, breaks_after, read_documents
+from dist.documents import Joiner, breaks_after, breaks_of, read_documents
 from dist.manifest import digest_of
 from dist.packing import PackedRows, Packer
 from dist.shard_file import slice_rows
@@ -105,23 +105,40 @@ def test_nothing_goes_on_over_rows_that_were_taken_out(data: st.DataObject) -> N
         assert sorted(inspected) == sorted(len(one) - 2 for one in told)
 
 
-def test_an_older_version_knows_its_own_step(tmp_path: Path) -> None:
-    """A derived version of before `breaks`, exported as if nothing had been taken out."""
+def test_older_versions_are_followed_to_their_parents(tmp_path: Path) -> None:
+    """Derived versions of before `breaks`, exported as if nothing had been taken out."""
     first = write_dataset(tmp_path / "data", seq_len=4, longest=40, documents=8)
-    version = derive(first, [3, 7], tmp_path / "bundle")
-    wanted = documents_in(version)
-    (path,) = (
-        path
-        for path in (tmp_path / "data" / "provenance").iterdir()
-        if json.loads(path.read_bytes())["data_digest"] == version.data_digest
-    )
-    record = json.loads(path.read_bytes())
-    assert record.pop("breaks") == {"train": [3, 6]}
-    path.unlink()
-    path.with_name(f"{digest_of(record)}.json").write_text(
-        json.dumps(record, indent=1, sort_keys=True) + "\n"
-    )
-    assert documents_in(open_dataset(version.reference)) == wanted
+    second = derive(first, [3, 7], tmp_path / "b1")
+    third = derive(second, [1], tmp_path / "b2")
+    wanted = [documents_in(one) for one in (second, third)]
+    assert breaks_of(third, "train") == [1, 2, 5]
+    for path in list((tmp_path / "data" / "provenance").iterdir()):
+        record = json.loads(path.read_bytes())
+        if record.pop("breaks", None) is not None:
+            path.unlink()
+            text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+            path.with_name(f"{digest_of(record)}.json").write_text(text)
+    again = [open_dataset(one.reference) for one in (second, third)]
+    assert all("breaks" not in (one.read_provenance() or {}) for one in again)
+    assert [documents_in(one) for one in again] == wanted
+    second.storage.delete(f"manifests/{second.data_digest}.json")
+    assert breaks_of(again[1], "train") == [1]
+
+
+def test_a_rerun_of_an_older_quarantine_changes_nothing(tmp_path: Path) -> None:
+    """LATEST that goes back to a version with bad rows; or that stays behind after a kill."""
+    first = write_dataset(tmp_path / "data", documents=20)
+    second = derive(first, [3], tmp_path / "b1")
+    third = derive(second, [1], tmp_path / "b2")
+    derive(first, [3], tmp_path / "b1")
+    assert open_dataset(first.storage.url).data_digest == third.data_digest
+    for left in (second.data_digest.encode(), None):
+        if left is None:
+            first.storage.delete("LATEST")
+        else:
+            first.storage.write_atomic("LATEST", left)
+        derive(second, [1], tmp_path / "b2")
+        assert open_dataset(first.storage.url).data_digest == third.data_digest
 
 
 def documents_in(dataset: Dataset, split: str = "train") -> list[list[int]]:

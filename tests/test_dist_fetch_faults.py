@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from dist import transfer
+from dist import open_shards, transfer
 from dist.cache import CacheConfig, NodeCache
 from dist.dataset import Dataset, mix, open_dataset
 from dist.errors import DataRefused, SetupError
 from dist.file_locks import drop_lock, try_lock
-from dist.loader import LoaderPlan
+from dist.loader import LoaderPlan, TokenLoader
 from dist.open_shards import OpenShards, ShardsAhead
-from dist.order import Order
+from dist.order import Order, SequentialOrder
 from dist.storage import Storage
 from dist.transfer import Cancelled
 from tests.http_server import FolderServer, serve
@@ -137,6 +139,87 @@ def test_local_sources_of_a_mixture_take_no_room(remote: Dataset, tmp_path: Path
     while opened._close_coldest():
         pass
     assert list(opened._open) == [0] and mixed.cache.held_bytes == 0
+
+
+def test_a_source_without_the_split_has_no_part_in_it(remote: Dataset, tmp_path: Path) -> None:
+    """A mixture of which one source has no validation: no loader of it, and no run."""
+    near = write_dataset(tmp_path / "near", num_train_shards=1, documents=30, seed=4)
+    manifest = near.manifest
+    only = dataclasses.replace(
+        manifest, shards=manifest.shards_of("train"), totals={"train": manifest.totals["train"]}
+    )
+    mixed = mix(("near", "far"), (dataclasses.replace(near, manifest=only), remote))
+    split = mixed.split("validation")
+    assert mixed.remote_shards("validation") == [True] * len(split.shards)
+    plan = LoaderPlan(batch=4, micro_batch=4, end_t=split.num_rows)
+    with TokenLoader(mixed, split, SequentialOrder(split.num_rows), plan) as loader:
+        assert sum(len(one.rows) for one in loader) == split.num_rows
+
+
+def test_a_shard_that_is_here_too_is_not_fetched(local: Dataset, remote: Dataset) -> None:
+    """A lease of a shard that counts as local: nobody gives it back."""
+    for parts in ((local, remote), (remote, local)):
+        mixed = mix(("a", "b"), parts)
+        split = mixed.split("train")
+        assert mixed.remote_shards("train") == [False] * 2 * SHARDS
+        opened = OpenShards(mixed, split, None)
+        for number in range(2 * SHARDS):
+            opened.get(number)
+        assert mixed.cache.held_bytes == 0 == mixed.cache.counts.fetched
+
+
+def test_a_plan_is_not_searched_to_its_end(
+    remote: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that goes through a million steps beside the training, as all shards are here."""
+    monkeypatch.setattr(open_shards, "MOST_STEPS_AHEAD", 200)
+    looked = [0]
+
+    def endless(shards: int) -> Iterator[tuple[int, list[int]]]:
+        for step in itertools.count():
+            looked[0] = step
+            yield step, [step % shards]
+
+    split = remote.split("train")
+    for shards, most in ((open_shards.SHARDS_AHEAD, open_shards.STEPS_AHEAD), (2, 200)):
+        ahead = ShardsAhead(remote, split, endless(shards))
+        try:
+            for at in (0, 500):
+                ahead.reach(at)
+                assert came(lambda at=at, most=most: looked[0] == at + most + 1)  # type: ignore[misc]
+                time.sleep(0.1)
+                assert looked[0] == at + most + 1
+        finally:
+            ahead.close()
+
+
+def test_readers_and_those_who_need_room_meet(remote: Dataset, local: Dataset) -> None:
+    """A set that changes while another thread looks through it: the thread that fetches ahead dies,
+    or the run."""
+    near = write_dataset(Path(local.storage.url).parent / "many", num_train_shards=40, seed=5)
+    mixed = mix(("near", "far"), (near, remote))
+    opened = OpenShards(mixed, mixed.split("train"), None)
+    for number in range(40):
+        opened.get(number)
+    stop, failed = threading.Event(), list[BaseException]()
+
+    def close_on() -> None:
+        try:
+            while not stop.is_set():
+                opened._close_coldest()
+                opened._open_bytes()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=close_on)
+    thread.start()
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline and not failed:
+        for number in range(40):
+            opened.get(number)
+    stop.set()
+    thread.join()
+    assert not failed
 
 
 def test_what_is_opened_after_the_end_is_given_back(remote: Dataset) -> None:

@@ -109,6 +109,24 @@ def test_files_are_found_at_any_depth_and_hidden_ones_are_not(
         import_tokens(plan_of("mds", none.parent, tokenizer), progress=False)
 
 
+def test_links_are_followed_and_dead_ones_named(tmp_path: Path, tokenizer: Path) -> None:
+    """A split that lies on another disk, left out without a word; or a file of a cache that was
+    copied without what its links name."""
+    src, far = tmp_path / "src", tmp_path / "far"
+    src.mkdir()
+    write_tar(far / "a.tar", [("k.npy", [1, 2])])
+    write_table(far / "b.parquet", [[3]])
+    (src / "train").symlink_to(far)
+    (src / "round").symlink_to(src)
+    write_tar(src / "val.tar", [("k.npy", [5])])
+    for form, wanted in (("webdataset", {"train": 2, "validation": 1}), ("hf", {"train": 1})):
+        totals = imported(plan_of(form, src, tokenizer, output=tmp_path / form)).manifest.totals
+        assert {name: one["tokens"] for name, one in totals.items()} == wanted
+    (src / "train-1.parquet").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataRefused, match=r"train-1\.parquet is missing"):
+        import_tokens(plan_of("hf", src, tokenizer), progress=False)
+
+
 def test_tables_beside_those_of_save_to_disk_are_read(tmp_path: Path, tokenizer: Path) -> None:
     """A split that vanishes as another one was written by save_to_disk."""
     datasets = pytest.importorskip("datasets")
@@ -164,6 +182,9 @@ def test_an_import_keeps_the_ends_of_what_was_exported(tmp_path: Path) -> None:
     assert {key: back.schema[key] for key in changed} == changed
     if back.schema["vocab_size"] == dataset.schema["vocab_size"]:
         mix(("a", "b"), (dataset, back))
+    # Where documents are cut after another token, that one ends them.
+    cut = ImportPlan(**{**vars(plan), "output": str(tmp_path / "cut"), "eos": "a"})
+    assert imported(cut).schema["eos_id"] != dataset.schema["eos_id"]
     origin = json.loads((out / "origin.json").read_text())
     (out / "origin.json").write_text(json.dumps({**origin, "tokenizer_digest": "0" * 64}))
     other = ImportPlan(**{**vars(plan), "output": str(tmp_path / "other"), "seq_len": seq_len})

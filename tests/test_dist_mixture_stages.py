@@ -236,6 +236,21 @@ def test_an_interruption_at_any_step_changes_nothing(
         assert [one[:2] for one in run.met] == whole, f"stopped at {states[stop - 1]}"
 
 
+def test_changes_within_one_unit_leave_none() -> None:
+    """Other weights and back within a unit of lanes: a pattern begun anew, unless it is resumed."""
+    mode = OrderMode(mode="windowed", lanes=4, window=1)
+    tables = [np.array([0, 9, 20, 31]), np.array([0, 8, 17])]
+    for later in ({10: [1, 2], 12: [3, 1]}, {5: [3, 1], 6: [1, 1], 7: [3, 1], 30: [1, 1]}):
+        run = Simulated(tables, mode, batch=2)
+        run.attempt([3, 1], later, 16, 1, None)
+        whole, states = [one[:2] for one in run.met], list(run.checkpoints)
+        assert [stage["unit"] for stage in states[-1]["stages"]] == [0, 8][: 1 + (30 in later)]
+        for stop in range(1, len(states)):
+            run.checkpoints = states[:stop]
+            run.attempt([3, 1], later, len(states) - stop, 1, None)
+            assert [one[:2] for one in run.met] == whole
+
+
 def test_a_removal_begins_in_the_middle_of_a_unit() -> None:
     """A removal from the next whole unit on: the derived version lacks rows that still come."""
     for first in range(1, 6):
