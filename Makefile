@@ -34,7 +34,7 @@ quickstart: setup
 test: setup
 	@exec $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Every strategy crossed with every option, every seed and every fault point.
+# Every strategy crossed with every option, every seed and every fault point; new random examples.
 test-all: setup
 	@LEYDEN_ALL_CELLS=1 LEYDEN_FAULT_POINTS=0 exec $(BIN)/python -m pytest $(PYTEST_ARGS)
 

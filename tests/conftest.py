@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
+# A busy machine is slow, and a change is judged by the same examples each time; new ones are drawn
+# by `make test-all`.
+settings.register_profile(
+    "leyden", deadline=None, derandomize=not os.environ.get("LEYDEN_ALL_CELLS")
+)
+settings.load_profile("leyden")
 ROOT = Path(__file__).resolve().parent.parent
 # Settings of the person who runs the tests that would change what the tests see.
 _LEAKS = (
