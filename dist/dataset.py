@@ -216,9 +216,9 @@ class Dataset:
         """
         return self.cache.acquire(self.storage, shard, stop) if self.is_remote else None
 
-    def remote_shards(self, split: str) -> list[bool]:
+    def remote_shards(self, split: SplitTable) -> list[bool]:
         """Which shards of a split come through the node's cache, in their order."""
-        return [self.is_remote] * len(self.manifest.shards_of(split))
+        return [self.is_remote] * len(split.shards)
 
     def read_provenance(self) -> dict[str, Any] | None:
         """How this version was made: inputs, config, versions, counters; None if it is gone.
@@ -292,8 +292,8 @@ class MixedDataset(Dataset):
             tables=tuple(tables),
         )
 
-    def remote_shards(self, split: str) -> list[bool]:
-        return [self._owner(shard).is_remote for shard in self.manifest.shards_of(split)]
+    def remote_shards(self, split: SplitTable) -> list[bool]:
+        return [self._owner(shard).is_remote for shard in split.shards]
 
     def shard_path(self, shard: Shard) -> Path:
         return self._owner(shard).shard_path(shard)

@@ -77,7 +77,7 @@ class OpenShards:
 
     def __init__(self, dataset: Dataset, split: SplitTable, verifier: ShardVerifier | None) -> None:
         self._dataset, self._split = dataset, split
-        self._is_remote = dataset.remote_shards(split.name)
+        self._is_remote = dataset.remote_shards(split)
         """By number: of a mixture some may be local."""
         self._verifier = verifier
         self._open: OrderedDict[int, tuple[Any, Lease | None]] = OrderedDict()
@@ -205,7 +205,7 @@ class ShardsAhead:
     ) -> None:
         self._dataset, self._split, self._steps = dataset, split, steps
         self._cache: NodeCache = dataset.cache
-        self._is_remote = dataset.remote_shards(split.name)
+        self._is_remote = dataset.remote_shards(split)
         pairs = zip(split.shards, self._is_remote, strict=True)
         self._largest = max((shard.bytes for shard, remote in pairs if remote), default=0)
         self._pins: dict[int, Lease] = {}

@@ -123,7 +123,7 @@ def test_local_sources_of_a_mixture_take_no_room(remote: Dataset, tmp_path: Path
     assert near.manifest.shards[0].bytes > remote.cache.share_bytes
     mixed = mix(("near", "far"), (near, remote))
     split = mixed.split("train")
-    assert mixed.remote_shards("train") == [False] + [True] * SHARDS
+    assert mixed.remote_shards(split) == [False] + [True] * SHARDS
     steps = [(step, [0, 1 + step]) for step in range(SHARDS)]
     ahead = ShardsAhead(mixed, split, iter(steps))
     try:
@@ -150,7 +150,7 @@ def test_a_source_without_the_split_has_no_part_in_it(remote: Dataset, tmp_path:
     )
     mixed = mix(("near", "far"), (dataclasses.replace(near, manifest=only), remote))
     split = mixed.split("validation")
-    assert mixed.remote_shards("validation") == [True] * len(split.shards)
+    assert mixed.remote_shards(split) == [True] * len(split.shards)
     plan = LoaderPlan(batch=4, micro_batch=4, end_t=split.num_rows)
     with TokenLoader(mixed, split, SequentialOrder(split.num_rows), plan) as loader:
         assert sum(len(one.rows) for one in loader) == split.num_rows
@@ -161,7 +161,7 @@ def test_a_shard_that_is_here_too_is_not_fetched(local: Dataset, remote: Dataset
     for parts in ((local, remote), (remote, local)):
         mixed = mix(("a", "b"), parts)
         split = mixed.split("train")
-        assert mixed.remote_shards("train") == [False] * 2 * SHARDS
+        assert mixed.remote_shards(split) == [False] * 2 * SHARDS
         opened = OpenShards(mixed, split, None)
         for number in range(2 * SHARDS):
             opened.get(number)
