@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 NO_HEARTBEAT = "no heartbeat: stopped, dead, or Python blocked"
 # Where a thread waits for other ranks: files of torch, and functions of ours.
@@ -33,13 +33,19 @@ def stacks_of_threads() -> dict[int, Stack]:
     write to (too many are open): a heartbeat without a place is better than none.
     """
     try:
-        made = os.memfd_create("stacks") if hasattr(os, "memfd_create") else None
-        with open(made, "w+b") if made is not None else tempfile.TemporaryFile() as file:
+        with scratch_file("stacks") as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             return parse_stacks(file.read().decode(errors="replace"))
     except OSError:
         return {}
+
+
+def scratch_file(name: str) -> BinaryIO:
+    """A file in no folder, in memory where the system has such; gone when the last holder ends."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create(name), "w+b")
+    return cast("BinaryIO", tempfile.TemporaryFile())
 
 
 def parse_stacks(text: str) -> dict[int, Stack]:

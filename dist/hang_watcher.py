@@ -24,22 +24,28 @@ from typing import Any
 STACKS_SIGNAL = signal.SIGUSR2
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 _DUMP_S = 2.0
+_PLACE_BYTES = 64
 
 
 def start_watcher(
-    run: Path, attempt: int, beat: Path, hang: Path, rank: int, interval_s: float
+    run: Path, attempt: int, beat: Path, hang: Path, rank: int, interval_s: float, place: int
 ) -> subprocess.Popen[bytes]:
-    """Watch this process; close the watcher's stdin to end it."""
+    """Watch this process; close the watcher's stdin to end it.
+
+    place: file descriptor where the rank writes its step and phase at each beat, by write_place;
+    the heartbeat is as old as its interval.
+    """
     words = {
         "run": str(run.absolute()), "attempt": attempt, "beat": str(beat.absolute()),
         "hang": str(hang.absolute()), "rank": rank, "interval_s": interval_s, "pid": os.getpid(),
+        "place": place,
     }  # fmt: skip
     root = str(Path(__file__).resolve().parent.parent)
     # A Ctrl-C or SIGTERM for the ranks is not for it.
     return subprocess.Popen(
         [sys.executable, "-S", "-m", "dist.hang_watcher", json.dumps(words)],
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=root, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": root},
+        pass_fds=(place,), env={**os.environ, "PYTHONPATH": root},
     )  # fmt: skip
 
 
@@ -73,9 +79,12 @@ def end_rank(words: dict[str, Any], silent_s: float) -> None:
 
     pid, rank, hang = int(words["pid"]), int(words["rank"]), Path(words["hang"])
     try:
+        # First: the signal that asks for the stacks may wake what the rank is blocked in.
+        beat = _read(Path(words["beat"])) or {"rank": rank}
+        step_and_phase = read_place(int(words["place"]))
         where = blocked_at(pid, hang / f"rank-{rank}.txt")
         mine = {
-            **(_read(Path(words["beat"])) or {"rank": rank}),
+            **beat, **step_and_phase,
             "where": f"{NO_HEARTBEAT}{where and f', at {where}'}", "waits_for_others": False,
         }  # fmt: skip
         write_atomic(hang / f"rank-{rank}.json", json.dumps(mine).encode())
@@ -89,6 +98,17 @@ def end_rank(words: dict[str, Any], silent_s: float) -> None:
         print(f"error: the watcher of rank {rank} failed: {error!r}", file=sys.stderr)
     if os.getppid() == pid:
         os.kill(pid, signal.SIGKILL)
+
+
+def write_place(file: int, step: int, phase: str) -> None:
+    """Say where this rank is; a microsecond."""
+    os.pwrite(file, f"{step} {phase}".encode().ljust(_PLACE_BYTES), 0)
+
+
+def read_place(file: int) -> dict[str, Any]:
+    """`step` and `phase` as last written; {} before the first."""
+    step, _, phase = os.pread(file, _PLACE_BYTES, 0).decode().strip().partition(" ")
+    return {"step": int(step), "phase": phase} if step else {}
 
 
 def blocked_at(pid: int, stacks: Path) -> str:

@@ -33,7 +33,7 @@ from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dist.drain import end_process
 from dist.errors import ConfigError
@@ -42,10 +42,11 @@ from dist.hang_stacks import (
     NO_HEARTBEAT,
     at_fault,
     hang_text,
+    scratch_file,
     stacks_of_threads,
     waits_for_others,
 )
-from dist.hang_watcher import STACKS_SIGNAL, start_watcher
+from dist.hang_watcher import STACKS_SIGNAL, start_watcher, write_place
 from dist.local_files import create_exclusive, write_atomic
 from dist.ranks import Ranks
 from dist.run_dir import RunDir
@@ -95,6 +96,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._main = threading.main_thread().ident
         self._stacks: Any = None
+        self._place: BinaryIO | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -109,10 +111,11 @@ class Watchdog:
         self._write_beat(0.0)  # a rank that is stopped before its first interval has a host too
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+        self._place = scratch_file("place")
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True, chain=False)
         self._watcher = start_watcher(
             self._run.path, self._attempt, self._beats / str(self._rank), self._hang, self._rank,
-            self._config.interval_s,
+            self._config.interval_s, self._place.fileno(),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -125,12 +128,16 @@ class Watchdog:
                 self._watcher.wait(10.0)
             faulthandler.unregister(STACKS_SIGNAL)
             self._stacks.close()
-            self._thread = self._watcher = None
+            if self._place is not None:
+                self._place.close()
+            self._thread = self._watcher = self._place = None
 
     def beat(self, step: int, phase: str) -> None:
         """The rank goes on: it enters a phase of a step."""
         self._progress += 1
         self.step, self._phase, self._since = step, phase, time.monotonic()
+        if self._place is not None:
+            write_place(self._place.fileno(), step, phase)
 
     def start_over(self) -> None:
         """Start-up is over: what is timed from here on are steps."""
