@@ -130,16 +130,6 @@ class NodeCache:
             raise self._of_no_use(f"{storage.url}/shards/{shard.name}", error) from error
         return self._lease(shard, handle)
 
-    def pin(self, shard: Shard) -> Lease | None:
-        """The shard, if it is there and checked already; else None, without waiting."""
-        with self._lock:
-            self._held.setdefault(shard.xxh3_128, _Held(shard.bytes)).users += 1
-        handle = self._use(shard)
-        if handle is None:
-            self._leave(shard.xxh3_128)
-            return None
-        return self._lease(shard, handle)
-
     def recheck(self, shard: Shard) -> str:
         """Hash the copy of a shard; '' if it is right or absent. A wrong one is deleted.
 

@@ -26,7 +26,7 @@ from dist.open_shards import ShardsAhead
 from dist.storage import Storage
 
 COLUMNS = (
-    *("progress_ms", "reads", "read_bytes", "planned", "pins", "rechecks", "fetched"),
+    *("progress_ms", "reads", "read_bytes", "planned", "rechecks", "fetched"),
     *("fetched_bytes", "found", "hashed_again", "refused", "retries", "evicted", "given_up"),
     "found_damaged",
 )
@@ -103,9 +103,7 @@ class Worker:
         if what < 0.1:
             self._count("rechecks")
             self._count("found_damaged", bool(self._cache.recheck(shard)))
-        lease = self._cache.pin(shard) if what > 0.9 else None
-        self._count("pins", lease is not None)
-        self._keep(shard, lease or self._cache.acquire(dataset.storage, shard))
+        self._keep(shard, self._cache.acquire(dataset.storage, shard))
         self._cache.keep_to_share()
         while len(self._open) > self._rng.randrange(4):
             self._give()

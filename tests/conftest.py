@@ -18,6 +18,9 @@ settings.register_profile(
     "leyden", deadline=None, derandomize=not os.environ.get("LEYDEN_ALL_CELLS")
 )
 settings.load_profile("leyden")
+# What tests compute in this process takes one thread: two that wait for each other on busy cores
+# are ten times slower. What they start has a user's environment (quiet_environment).
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 # Settings of the person who runs the tests that would change what the tests see.
 _LEAKS = (

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.run_ranks import _PRELOAD
+from tests.run_ranks import _PRELOAD, one_thread
 
 Prepare = Callable[..., None]
 JOINED = "joined the world"
@@ -65,13 +65,10 @@ def _one_rank(
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    torch.set_num_threads(1)
+    one_thread()
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
         LOCAL_WORLD_SIZE=str(world_size), GROUP_RANK="0",
-        # Two threads that wait for each other on busy cores made a step ten times slower; this
-        # keeps Lightning from setting them again.
-        OMP_NUM_THREADS="1",
     )  # fmt: skip
     from dist import training
     from dist.errors import run_main
@@ -86,7 +83,6 @@ def _one_rank(
     print(JOINED, flush=True)
     # Parsing costs half a second a rank; the rest of main() is the real one.
     training.parse_config = lambda *_, **__: made
-    recipe.share_cores = lambda *_: None  # type: ignore[attr-defined]
     run_main(recipe.main)  # type: ignore[attr-defined]
 
 

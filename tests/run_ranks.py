@@ -29,12 +29,22 @@ class RankFailed(RuntimeError):
     """The first rank that failed, with its traceback."""
 
 
-def _one_rank(
-    fn: Callable[..., Any], rank: int, world_size: int, rendezvous: str, pipe: Any, args: tuple
-) -> None:
+def one_thread() -> None:
+    """Compute on one thread, whatever the recipe and Lightning set: two that wait for each other on
+    busy cores made a step ten times slower."""
     import torch
 
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.sched_getaffinity = lambda _: {0}
+
+
+def _one_rank(
+    fn: Callable[..., Any], rank: int, world_size: int, rendezvous: str, pipe: Any, args: tuple
+) -> None:
+    one_thread()
+    import torch.distributed
+
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),

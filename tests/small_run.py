@@ -54,5 +54,5 @@ def small_run(strategy: str = "ddp") -> Path:
     """Thirty steps on two ranks, checkpoints at 15 and 30. ddp ties the embeddings, fsdp not."""
     folder = _folder() / "runs" / strategy
     url: Any = small_data()
-    assert run_ranks(_train, 2, 120, url, str(folder), strategy, strategy == "ddp") == [0, 0]
+    assert run_ranks(_train, 2, 240, url, str(folder), strategy, strategy == "ddp") == [0, 0]
     return folder

@@ -31,7 +31,7 @@ from dist.checkpoint_folder import (
     remove_leftovers,
     retire,
 )
-from tests.run_ranks import _PRELOAD
+from tests.run_ranks import _PRELOAD, one_thread
 
 BEFORE, AFTER = 3, 6
 """Attempt 0 saves steps 1..BEFORE undisturbed, attempt 1 goes on to step AFTER under the shim."""
@@ -215,7 +215,7 @@ def _tell(handle: int, **facts: Any) -> None:
 
 def all_faults(root: Path, fault: str, pipe: Any) -> None:
     """Strike at every operation in turn; runs in a process without threads, to fork from."""
-    torch.set_num_threads(1)
+    one_thread()
     prepared = root / "prepared"
     if os.fork() == 0:
         failures = train(prepared, 0, range(1, BEFORE + 1), lambda step: None)

@@ -33,7 +33,7 @@ from dist.checkpoint import (
 )
 from dist.checkpoint_folder import COMMIT, newer_than, remove_leftovers, retire
 from tests.rank_processes import ENDS_WITHIN_S
-from tests.run_ranks import _PRELOAD
+from tests.run_ranks import _PRELOAD, one_thread
 from tests.test_dist_checkpoint_faults import FileOperations, check_contents, root  # noqa: F401
 
 WORLD, BEFORE, AFTER = 2, 2, 4
@@ -147,7 +147,7 @@ def all_points(root: Path, pipe: Any) -> None:  # noqa: F811
 
 
 def strike_all(root: Path) -> tuple[dict[int, Any], list[Any]]:  # noqa: F811
-    torch.set_num_threads(1)
+    one_thread()
     prepared = root / "prepared"
     prepared.mkdir()
     first = one_world(prepared, 0, range(1, BEFORE + 1), -1, 0)

@@ -153,7 +153,7 @@ def one_rank_without() -> str:
 @pytest.mark.skipif(bool(toolchain_problem(CPU)), reason=f"no compiler: {toolchain_problem(CPU)}")
 def test_all_ranks_decide_alike() -> None:
     """Ranks that compile beside ranks that do not round differently: runs would not repeat."""
-    zero, one = run_ranks(one_rank_without, 2, 60)
+    zero, one = run_ranks(one_rank_without, 2, 240)
     assert zero == one and zero.startswith("off (blocks was asked for, but rank 1")
 
 

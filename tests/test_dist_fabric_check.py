@@ -82,7 +82,7 @@ def _other_version() -> str:
 
 
 def rows_of(options: Options, fault: str = "", where: int = -1, world: int = 3) -> dict[str, Any]:
-    answers = run_ranks(check, world, 60.0, options, fault, where)
+    answers = run_ranks(check, world, 240, options, fault, where)
     assert all(one == answers[0] for one in answers), "ranks that end with different codes"
     return dict(answers[0])
 

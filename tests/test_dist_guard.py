@@ -126,7 +126,7 @@ def _judged_by_ranks() -> Any:
 
 def test_all_ranks_judge_alike() -> None:
     """A skip that one rank decides alone: weights drift apart, or the ranks hang."""
-    one, other = run_ranks(_judged_by_ranks, 2, 60)
+    one, other = run_ranks(_judged_by_ranks, 2, 240)
     assert one == other
     assert [step for step, _ in one[0]] == [5, 25]
 

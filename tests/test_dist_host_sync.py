@@ -123,7 +123,7 @@ def test_no_host_read_in_a_step_that_does_not_log(
 ) -> None:
     """`loss.item()` or `if norm > limit` in a step: the GPU's queue runs empty at every batch."""
     args = (dataset.storage.url, str(tmp_path / "run"), strategy, kernel, False)
-    for steps, found, verdicts in run_ranks(reads, 2, 120, *args):
+    for steps, found, verdicts in run_ranks(reads, 2, 240, *args):
         assert steps == list(range(STEPS))
         assert waiting(found, steps) == []
         assert any(step in (EVERY - 1, STEPS - 1) for step, _, _ in found), "nothing was counted"
@@ -135,7 +135,7 @@ def test_no_host_read_in_a_step_that_does_not_log(
 def test_the_counter_sees_a_read(dataset: Dataset, tmp_path: Path) -> None:
     """A counter that sees nothing would let everything pass."""
     args = (dataset.storage.url, str(tmp_path / "run"), "ddp", "cpu", True)
-    ((steps, found, _),) = run_ranks(reads, 1, 120, *args)
+    ((steps, found, _),) = run_ranks(reads, 1, 240, *args)
     assert {step for step, _, _ in waiting(found, steps)} == {1, 2, 4, 5}
 
 

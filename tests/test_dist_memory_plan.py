@@ -112,7 +112,7 @@ def test_the_plan_is_what_a_run_allocates(
         # Wide enough that ZeRO-3 cuts its matrices: smaller ones stay whole.
         model = replace(asked.model, hidden_size=384, intermediate_size=800)
         asked = replace(asked, model=model)
-    real = run_ranks(measure, num_ranks, 120, replace(asked, run=str(tmp_path / "run")))
+    real = run_ranks(measure, num_ranks, 240, replace(asked, run=str(tmp_path / "run")))
     made = planned(asked, num_ranks, schema=open_dataset(data_url()).manifest.schema)
     held = made.peak.categories
     # DeepSpeed's bucket, 2 GB whatever the model, would hide all else.
@@ -138,7 +138,7 @@ def looked_at() -> list[bool]:
 
 def test_the_measurement_looks_at_memory_only() -> None:
     """A tensor without memory, such as a collective's result under tp, that ends a measurement."""
-    assert run_ranks(looked_at, 1, 60) == [[True, True]]
+    assert run_ranks(looked_at, 1, 240) == [[True, True]]
 
 
 def test_shards_of_all_ranks_make_the_model() -> None:

@@ -67,7 +67,7 @@ def agreed() -> int:
 def test_ranks_agree_on_the_least() -> None:
     """Ranks with other accumulations would wait for each other for ever."""
     # 70 bytes for all, 15 bytes a row on the larger rank.
-    assert run_ranks(agreed, 2, 60) == [4, 4]
+    assert run_ranks(agreed, 2, 240) == [4, 4]
 
 
 def out_of_memory_on_one_rank() -> int:
@@ -81,7 +81,7 @@ def out_of_memory_on_one_rank() -> int:
 
 def test_memory_that_ran_out_on_one_rank_counts_for_all() -> None:
     """The others would go on to the next size alone."""
-    assert run_ranks(out_of_memory_on_one_rank, 2, 60) == [2, 2]
+    assert run_ranks(out_of_memory_on_one_rank, 2, 240) == [2, 2]
 
 
 def test_peak_counts_what_lives_at_once() -> None:
@@ -201,5 +201,5 @@ def ddp_reductions() -> list[int]:
 
 def test_ddp_does_not_reduce_within_an_accumulation() -> None:
     """A reduction every micro-batch gives right gradients and wastes the network."""
-    for without, with_sync in run_ranks(ddp_reductions, 2, 60):
+    for without, with_sync in run_ranks(ddp_reductions, 2, 240):
         assert without == 0 and with_sync >= 1

@@ -113,7 +113,7 @@ def dtypes_of_a_step(name: str, sharded: bool) -> tuple[dict[str, str], bool]:
 def test_dtypes_of_the_real_tensors(name: str, expected: str) -> None:
     """A policy that reduces or keeps moments in 16 bits costs accuracy that nobody sees; rotary
     frequencies in bf16 break long contexts."""
-    for found, buffers_wide in run_ranks(dtypes_of_a_step, 2, 120, name, True):
+    for found, buffers_wide in run_ranks(dtypes_of_a_step, 2, 240, name, True):
         assert " ".join(found.values()) == expected and buffers_wide
     if name != "bf16-true":
         found, _ = dtypes_of_a_step(name, False)

@@ -181,7 +181,7 @@ def test_goes_on_from_an_adapter(runs: Path, tmp_path: Path) -> None:
     url = str(runs / "data")
     more = {"lora": {"init_from": str(adapter)}, "micro_batch": 4}
     jobs = [(str(tmp_path / "more"), "", more)]
-    assert run_ranks(play, 1, 120, url, str(runs / "base"), jobs) == [[0]]
+    assert run_ranks(play, 1, 240, url, str(runs / "base"), jobs) == [[0]]
     assert losses(tmp_path / "more")[0] < losses(run)[0] - 0.05
     for base, lora, said in (
         (write_base(tmp_path / "other", seed=5), {}, "another base"),
@@ -192,7 +192,7 @@ def test_goes_on_from_an_adapter(runs: Path, tmp_path: Path) -> None:
         changes = {"lora": {"init_from": str(adapter), **lora}}
         jobs = [(str(tmp_path / f"bad-{said[:3]}"), "", changes)]
         with pytest.raises(RankFailed, match=said):
-            run_ranks(play, 1, 120, url, str(base), jobs)
+            run_ranks(play, 1, 240, url, str(base), jobs)
 
 
 @pytest.mark.timeout(300)
@@ -201,11 +201,11 @@ def test_refuses_to_resume_on_another_base(place: Path, tmp_path: Path) -> None:
     url = str(place / "data")
     base = write_base(tmp_path / "base")
     quick = {"max_steps": 2, "save_every_steps": 1}
-    assert run_ranks(play, 1, 120, url, str(base), [(str(tmp_path / "run"), "", quick)]) == [[0]]
+    assert run_ranks(play, 1, 240, url, str(base), [(str(tmp_path / "run"), "", quick)]) == [[0]]
     write_base(base, seed=7)
     more = [(str(tmp_path / "run"), "", {**quick, "max_steps": 3})]
     with pytest.raises(RankFailed, match="base digest"):
-        run_ranks(play, 1, 120, url, str(base), more)
+        run_ranks(play, 1, 240, url, str(base), more)
     with pytest.raises(DataRefused, match="another model"):
         export(ExportConfig(model=str(tmp_path / "run"), output=str(tmp_path / "out")))
 
@@ -228,7 +228,7 @@ def test_bad_settings_are_refused(
     """A typo that adapts nothing; a method that this machine or strategy cannot do."""
     jobs = [(str(tmp_path / "run"), "", changes)]
     with pytest.raises(RankFailed, match=said):
-        run_ranks(play, 1, 120, str(place / "data"), str(place / "base"), jobs)
+        run_ranks(play, 1, 240, str(place / "data"), str(place / "base"), jobs)
     assert not (tmp_path / "run" / "run.json").exists(), "refused before anything is taken"
 
 
@@ -241,4 +241,4 @@ def test_nan_weights_are_refused(place: Path, tmp_path: Path) -> None:
     state["model.norm.weight"][3] = float("nan")
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RankFailed, match=r"model\.norm\.weight holds NaN"):
-        run_ranks(play, 1, 120, str(place / "data"), str(base), [(str(tmp_path / "run"), "", {})])
+        run_ranks(play, 1, 240, str(place / "data"), str(base), [(str(tmp_path / "run"), "", {})])

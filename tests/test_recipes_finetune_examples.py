@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_base(root / "base")
     quick = {"max_steps": 3, "lora": {"modules_to_save": ["lm_head"]}, "val_rows": 0}
     jobs = [(str(root / "run"), "", quick)]
-    assert run_ranks(play, 1, 120, str(root / "data"), str(root / "base"), jobs) == [[0]]
+    assert run_ranks(play, 1, 240, str(root / "data"), str(root / "base"), jobs) == [[0]]
     return root
 
 
@@ -102,7 +102,7 @@ def test_shards_of_another_tokenizer_end_before_training(place: Path, tmp_path: 
     write_examples(tmp_path / "data", vocab_size=280)
     jobs = [(str(tmp_path / "run"), "", {})]
     with pytest.raises(RankFailed, match="was made with another tokenizer"):
-        run_ranks(play, 1, 120, str(tmp_path / "data"), str(place / "base"), jobs)
+        run_ranks(play, 1, 240, str(tmp_path / "data"), str(place / "base"), jobs)
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
@@ -120,7 +120,7 @@ def test_adapters_go_on_with_the_modules_saved_beside_them(place: Path, tmp_path
     again = {"max_steps": 1, "lora": lora, "val_rows": 0, "optim": {"lr": 1e-12}}
     jobs = [(str(tmp_path / "again"), "", again)]
     url = str(place / "data")
-    assert run_ranks(play, 1, 120, url, str(place / "base"), jobs) == [[0]]
+    assert run_ranks(play, 1, 240, url, str(place / "base"), jobs) == [[0]]
     end = RunDir(place / "run").read_outcome() or {}
     went_on = RunDir(tmp_path / "again").read_outcome() or {}
     assert went_on["validation_loss"] == pytest.approx(end["validation_loss"], rel=1e-5)

@@ -85,7 +85,7 @@ def test_the_plan_is_what_a_run_allocates(
     }  # fmt: skip
     url = str(place / "data")
     asked = small_config(url, str(place / "base"), str(tmp_path / "run"), changes)
-    real = run_ranks(measure, num_ranks, 120, asked)
+    real = run_ranks(measure, num_ranks, 240, asked)
     made = planned(asked, num_ranks, open_dataset(url).manifest.schema)
     zero = parallel["strategy"] == "deepspeed"
     bucket = 4 * REDUCE_BUCKET if zero else 0  # 2 GB whatever the model; it would hide all else

@@ -239,7 +239,7 @@ def test_rank_0_says_first_what_is_wrong_for_all(monkeypatch: pytest.MonkeyPatch
 def test_errors_raised_in_process_keep_their_kind(tmp_path: Path) -> None:
     """Without a dataset URL, or with a folder that is none, the user made the mistake."""
     with pytest.raises(RankFailed, match=ConfigError.__name__):
-        run_ranks(call, 1, 60, "", tmp_path / "a", {})
+        run_ranks(call, 1, 240, "", tmp_path / "a", {})
     with pytest.raises(RankFailed, match="no dataset at"):
-        run_ranks(call, 1, 60, str(tmp_path), tmp_path / "b", {})
+        run_ranks(call, 1, 240, str(tmp_path), tmp_path / "b", {})
     assert issubclass(DataRefused, ValueError)
