@@ -36,9 +36,10 @@ import torch
 from benchmarks.loader import make_dataset, write_rows
 from benchmarks.peer_env import TORCH, peer_python, run_peer
 from dist.cache import CacheConfig
-from dist.dataset import Dataset, SplitTable, open_dataset
+from dist.dataset import Dataset, open_dataset
 from dist.loader import LoaderPlan, TokenLoader
 from dist.order import Order, SequentialOrder
+from dist.split_table import SplitTable
 from dist.windowed import OrderMode, block_rows_of, make_order
 
 BATCH = 64

@@ -30,9 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist.commit import commit_dataset
-from dist.dataset import SplitTable, open_dataset
+from dist.dataset import open_dataset
 from dist.manifest import Manifest, Shard
 from dist.order import MODES, Order, OrderState
+from dist.split_table import SplitTable
 from dist.storage import Storage
 from dist.verify import check_presence
 from dist.windowed import MAX_LANES, OrderMode, auto_window, block_rows_of, make_order

@@ -19,7 +19,7 @@ import numpy as np
 
 from dist.audit import TRAIN, Replay, ReplayedRow, read_pieces
 from dist.batch_layout import batch_rows, batch_samples
-from dist.dataset import Dataset, SplitTable, open_dataset
+from dist.dataset import Dataset, open_dataset
 from dist.errors import ConfigError, DataRefused
 from dist.examples import ExampleDataset, keep_rows, rows_as_trained
 from dist.lineage import RowRef, refs_of
@@ -27,6 +27,7 @@ from dist.local_files import write_atomic
 from dist.order import rank_span
 from dist.references import MIXED
 from dist.skips import Stream
+from dist.split_table import SplitTable
 
 BUNDLE_FORMAT = 1
 BUNDLE_JSON = "bundle.json"

@@ -16,9 +16,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from dist.batch_hashes import batch_messages, hash_of, stored_hashes
-from dist.dataset import Dataset, SplitTable
+from dist.dataset import Dataset
 from dist.errors import DataRefused
 from dist.manifest import Shard
+from dist.split_table import SplitTable
 from dist.stamps import file_facts, is_stamped
 from dist.verify import stamp_name, wrong_bytes
 

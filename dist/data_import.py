@@ -11,7 +11,6 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ from dist.storage import Storage
 from dist.table_format import find_tables
 from dist.tar_format import find_tars
 from dist.token_shards import SplitWriter
-from dist.token_source import Block, SourceFile
+from dist.token_source import SourceFile, checked_blocks, cut_after
 from dist.tokenizer import TextTokenizer, token_dtype, tokenizer_digest
 from dist.versions import code_version, library_versions
 
@@ -270,7 +269,7 @@ def _pack(
 
         for number, file in enumerate(files):
             position = 0
-            for block in _checked(file, tokenizer.vocab_size, is_packed):
+            for block in checked_blocks(file, tokenizer.vocab_size, is_packed):
                 if cut is not None:
                     block = replace(block, lengths=cut_after(block, cut))
                 ends.see(block.tokens, block.lengths)
@@ -337,41 +336,6 @@ def _longest(files: list[SourceFile], inputs: list[dict[str, Any]], progress: bo
                 longest = max(longest, int(block.lengths.max(initial=0)))
             bar.update(facts["size"] / 1e6)
     return longest
-
-
-def _checked(file: SourceFile, vocab_size: int, trains_all: bool) -> Iterator[Block]:
-    """Blocks of a file whose ids are all of the vocabulary; DataRefused names the first other, or,
-    if all are to be trained, the first that its labels leave out."""
-    before = 0
-    for block in file.read():
-        tokens = block.tokens
-        # One unsigned comparison would let a negative id of a signed type pass as a large one.
-        if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
-            bad = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
-            document = int(np.searchsorted(np.cumsum(block.lengths), bad, side="right"))
-            raise DataRefused(
-                f"{file.path}: document {before + document} holds the id {int(tokens[bad])}, the "
-                f"tokenizer has ids 0 to {vocab_size - 1}; pass the tokenizer that made the tokens"
-            )
-        if trains_all and block.trained is not None:
-            left_out = ~block.trained
-            left_out[(np.cumsum(block.lengths) - block.lengths)[block.lengths > 0]] = False
-            if left_out.any():
-                place = int(np.flatnonzero(left_out)[0])
-                document = int(np.searchsorted(np.cumsum(block.lengths), place, side="right"))
-                raise DataRefused(
-                    f"{file.path}: the labels of document {before + document} leave tokens out, "
-                    "and packed rows train all; import it with --kind examples"
-                )
-        yield block
-        before += len(block.lengths)
-
-
-def cut_after(block: Block, token: int) -> Any:
-    """(documents,) lengths where each document of a block ends after every `token`."""
-    ends = np.union1d(np.cumsum(block.lengths), np.flatnonzero(block.tokens == token) + 1)
-    ends = ends[ends > 0]
-    return np.diff(ends, prepend=0).astype(np.int64)
 
 
 def _held_out(path: str, offsets: Any, fraction: float) -> Any:

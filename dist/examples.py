@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist.checked_shards import checked_path
-from dist.dataset import Dataset, MixedDataset, SplitTable, mix
+from dist.dataset import Dataset, MixedDataset, mix
 from dist.errors import ConfigError, DataRefused
 from dist.example_file import ExampleShard
 from dist.example_gather import gather_examples
 from dist.pack_index import PackIndex, one_a_row, pack_best_fit
 from dist.row_gather import GatheredRows
+from dist.split_table import SplitTable
 
 Packing = Literal["packed", "padded"]
 I32 = NDArray[np.int32]

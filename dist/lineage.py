@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from dist.arrow_view import numpy_view
 from dist.checked_shards import checked_path
-from dist.dataset import Dataset, MixedDataset, SplitTable, first_rows
+from dist.dataset import Dataset, MixedDataset, first_rows
 from dist.errors import ConfigError
 from dist.progress import Progress
+from dist.split_table import SplitTable
 
 I64 = NDArray[np.int64]
 

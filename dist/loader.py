@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from dist.agreement import Agreement
 from dist.batch import Batch
 from dist.channel import Channel
-from dist.dataset import Dataset, SplitTable, first_rows
+from dist.dataset import Dataset, first_rows
 from dist.drain import end_soon, lost_peer
 from dist.mesh import host_group
 from dist.open_shards import OpenShards
@@ -40,6 +40,7 @@ from dist.order import FirstRows, OrderState, num_micro_batches
 from dist.run_dir import RunDir
 from dist.run_order import first_order
 from dist.skips import SkippingOrder, Skips
+from dist.split_table import SplitTable
 from dist.stages import LOOK_AHEAD_STEPS, DerivedOrder
 from dist.step_gather import StepGatherer
 from dist.verify import ShardVerifier

@@ -14,10 +14,11 @@ import numpy as np
 from dist.batch_layout import RowsAhead, Steps
 from dist.cache import Lease, NodeCache
 from dist.cache_folder import in_words
-from dist.dataset import Dataset, SplitTable
+from dist.dataset import Dataset
 from dist.errors import LeydenError
 from dist.open_files import most_shard_files
 from dist.order_choice import network_file_system
+from dist.split_table import SplitTable
 from dist.transfer import untested_note
 from dist.verify import ShardVerifier
 

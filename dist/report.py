@@ -377,6 +377,7 @@ def _config(facts: Facts) -> str:
 def _environment(facts: Facts) -> str:
     env = facts.attempts[-1].env if facts.attempts else {}
     outcome = facts.outcome
+    strategy = outcome.get("strategy") or (facts.config.get("parallel") or {}).get("strategy")
     facts_of_run = [
         ("run id", facts.identity.get("run_id")),
         ("recipe", facts.identity.get("recipe")),
@@ -384,10 +385,7 @@ def _environment(facts: Facts) -> str:
         ("platform", env.get("platform")),
         ("Python", env.get("python")),
         ("code", env.get("code")),
-        (
-            "strategy",
-            outcome.get("strategy") or (facts.config.get("parallel") or {}).get("strategy"),
-        ),
+        ("strategy", strategy),
         ("precision", outcome.get("precision") or facts.config.get("precision")),
         ("job", outcome.get("job_id")),
     ]

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from dist.batch import Batch, Documents, documents_of, make_batches, mark_trained
 from dist.batch_layout import RowsAhead, StepRows, Steps
-from dist.dataset import Dataset, SplitTable
+from dist.dataset import Dataset
 from dist.example_gather import gather_examples
 from dist.open_shards import OpenShards
 from dist.row_gather import GatheredRows, gather_rows, join_rows_at
 from dist.side_thread import SideThread
+from dist.split_table import SplitTable
 
 STEPS_TOGETHER, _BYTES_TOGETHER, _SECONDS_TOGETHER = 32, 32 << 20, 0.02
 """Steps are gathered together while they are no more, and take no longer: of a small step most of

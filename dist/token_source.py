@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dist.errors import DataRefused
+
 BLOCK_TOKENS = 1 << 22
 TOKEN_COLUMNS = ("input_ids", "tokens")
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation",
@@ -43,6 +45,41 @@ class SourceFile:
     """Columns that change what its tokens mean, and that nothing here reads."""
     beside: tuple[Path, ...] = field(default=())
     """Other files that decide the tokens (an index); they are part of the source's digest."""
+
+
+def checked_blocks(file: SourceFile, vocab_size: int, trains_all: bool) -> Iterator[Block]:
+    """Blocks of a file whose ids are all of the vocabulary; DataRefused names the first other, or,
+    if all are to be trained, the first that its labels leave out."""
+    before = 0
+    for block in file.read():
+        tokens = block.tokens
+        # One unsigned comparison would let a negative id of a signed type pass as a large one.
+        if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
+            bad = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
+            document = int(np.searchsorted(np.cumsum(block.lengths), bad, side="right"))
+            raise DataRefused(
+                f"{file.path}: document {before + document} holds the id {int(tokens[bad])}, the "
+                f"tokenizer has ids 0 to {vocab_size - 1}; pass the tokenizer that made the tokens"
+            )
+        if trains_all and block.trained is not None:
+            left_out = ~block.trained
+            left_out[(np.cumsum(block.lengths) - block.lengths)[block.lengths > 0]] = False
+            if left_out.any():
+                place = int(np.flatnonzero(left_out)[0])
+                document = int(np.searchsorted(np.cumsum(block.lengths), place, side="right"))
+                raise DataRefused(
+                    f"{file.path}: the labels of document {before + document} leave tokens out, "
+                    "and packed rows train all; import it with --kind examples"
+                )
+        yield block
+        before += len(block.lengths)
+
+
+def cut_after(block: Block, token: int) -> NDArray[np.int64]:
+    """(documents,) lengths where each document of a block ends after every `token`."""
+    ends = np.union1d(np.cumsum(block.lengths), np.flatnonzero(block.tokens == token) + 1)
+    ends = ends[ends > 0]
+    return np.diff(ends, prepend=0).astype(np.int64)
 
 
 def visible_files(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> list[Path]:

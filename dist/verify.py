@@ -18,12 +18,13 @@ import xxhash
 
 from dist.batch_hashes import damaged_batches
 from dist.commit import missing_files
-from dist.dataset import Dataset, MixedDataset, SplitTable
+from dist.dataset import Dataset, MixedDataset
 from dist.errors import DataRefused
 from dist.local_files import write_atomic
 from dist.manifest import Shard
 from dist.progress import Progress
 from dist.shard_file import file_digest
+from dist.split_table import SplitTable
 from dist.stamps import file_facts, is_stamped
 from dist.transfer import PART_BYTES, retried
 

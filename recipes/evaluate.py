@@ -28,7 +28,7 @@ from torch import Tensor
 from dist import strict_json
 from dist.attention import packed_info
 from dist.batch import Batch
-from dist.dataset import Dataset, SplitTable, open_dataset
+from dist.dataset import Dataset, open_dataset
 from dist.errors import ConfigError, DataRefused, run_main
 from dist.examples import rows_as_trained
 from dist.lineage import input_paths
@@ -38,6 +38,7 @@ from dist.order import SequentialOrder
 from dist.precision import decide_precision
 from dist.progress import Progress
 from dist.run_dir import RunDir
+from dist.split_table import SplitTable
 from dist.verify import ShardVerifier, check_presence
 from recipes.causal_lm import BaseConfig
 from recipes.eval_tasks import check_tasks, run_tasks, tasks_table

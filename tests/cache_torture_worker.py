@@ -18,11 +18,12 @@ import xxhash
 
 from dist import transfer
 from dist.cache import CacheConfig, Lease, NodeCache
-from dist.dataset import Dataset, SplitTable
+from dist.dataset import Dataset
 from dist.errors import DataRefused, SetupError
 from dist.http_files import HttpFiles
 from dist.manifest import Shard
 from dist.open_shards import ShardsAhead
+from dist.split_table import SplitTable
 from dist.storage import Storage
 
 COLUMNS = (

@@ -21,7 +21,6 @@ from dist.checkpoint_folder import COMMIT, check_files, find_checkpoint, read_re
 from dist.dataset import Dataset
 from dist.errors import LeydenError
 from tests.make_dataset import write_dataset
-from tests.one_thread import one_thread
 from tests.run_ranks import run_ranks
 from tests.test_dist_lightning_plugins import lines, pretrain
 
@@ -105,7 +104,6 @@ def saves_seen(url: str, folder: Path) -> tuple[int, list[tuple[int, int, int]]]
     exit code and, at each save: its step, micro-batches so far, updates so far."""
     from recipes.pretrain import Pretrain
 
-    one_thread()
     micro, seen = [0], []
     step_method, start = Pretrain.training_step, CheckpointSaver.start
 

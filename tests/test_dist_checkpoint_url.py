@@ -36,7 +36,6 @@ from dist.start import check_place
 from dist.storage import Storage
 from dist.url_path import Place, UrlPath, place_of
 from tests.make_dataset import write_dataset
-from tests.one_thread import one_thread
 from tests.run_ranks import run_ranks
 from tests.s3_server import watched_puts
 from tests.test_dist_checkpoint import load, train_and_save
@@ -236,7 +235,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def told(env: dict[str, str], url: str, folder: str, changes: dict[str, Any]) -> tuple[int, str]:
     """Train; the exit code and what was said on stderr."""
     os.environ.update(env)
-    one_thread()
     with redirect_stderr(io.StringIO()) as said:
         try:
             code = pretrain(url, folder, **changes)

@@ -18,14 +18,14 @@ import pytest
 
 from dist.commit import target_lease
 from dist.data_export import export_dataset
-from dist.data_import import ImportPlan, cut_after, import_tokens
+from dist.data_import import ImportPlan, import_tokens
 from dist.dataset import Dataset, open_dataset
 from dist.documents import read_documents
 from dist.errors import ConfigError, DataRefused, SetupError
 from dist.example_file import ExampleShard
 from dist.megatron_format import MegatronWriter
 from dist.storage import Storage
-from dist.token_source import Block
+from dist.token_source import Block, cut_after
 from dist.verify import verify_full
 from tests.make_dataset import flip_byte, tokenizer_json, write_dataset
 from tests.make_examples import write_examples

@@ -41,12 +41,9 @@ def pretrain(url: str, folder: str, **changes: Any) -> int:
     from dist.optim import OptimConfig
     from dist.sharding import ParallelConfig
     from dist.start import DataConfig
-    from recipes import pretrain as recipe
     from recipes.llama import ModelConfig
     from recipes.pretrain import Config, run
 
-    # Two threads that wait for each other on busy cores made a step a hundred times slower.
-    recipe.share_cores = lambda *_: None
     settings = {
         "data": DataConfig(url=url),
         "model": ModelConfig(**SMALL),

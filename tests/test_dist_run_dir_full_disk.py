@@ -21,7 +21,6 @@ from dist.errors import LeydenError
 from dist.local_files import append_line
 from dist.run_dir import RunDir
 from tests.make_dataset import write_dataset
-from tests.one_thread import one_thread
 from tests.run_ranks import run_ranks
 from tests.test_dist_lightning_plugins import lines, pretrain
 
@@ -69,7 +68,6 @@ def train(
     from dist.watchdog import WatchdogConfig
     from recipes.pretrain import Pretrain
 
-    one_thread()
     original, calls = Pretrain.training_step, [0]
 
     def training_step(self: Any, batch: Any, index: int) -> Any:

@@ -37,7 +37,7 @@ FLOORS: dict[int, set[str]] = {
             node_probes open_shards order order_choice pack_index
             packing passes progress report report_facts report_html run_history
             references row_gather run_order shard_file skips source_versions sources stages storage
-            svg_chart switched_rows table_format tar_format thinned_order token_shards
+            split_table svg_chart switched_rows table_format tar_format thinned_order token_shards
             token_source tokenizer transfer verify windowed
         """,
         2: """

@@ -18,13 +18,11 @@ from dist.model_folder import find_model
 from recipes import evaluate, export
 from recipes.trained import open_trained
 from tests.make_dataset import flip_byte, write_dataset
-from tests.one_thread import one_thread
 from tests.run_ranks import run_ranks
 from tests.test_dist_lightning_plugins import pretrain
 
 
 def train(url: str, folder: str) -> int:
-    one_thread()
     return pretrain(url, folder, max_steps=3, save_every_steps=1, keep=3, val_rows=8)
 
 
