@@ -15,6 +15,7 @@ processes) are what a busy machine disturbs least. All take turns.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import statistics
@@ -163,6 +164,8 @@ def loader(dataset: Dataset, order: Order, micro_batch: int, seconds: float) -> 
     """What a training loop receives."""
     plan = LoaderPlan(batch=micro_batch * 8, micro_batch=micro_batch)
     count, started, cpu = 0, 0.0, 0.0
+    gc.collect()
+    gc.freeze()  # as training does (dist.training.LongLived)
     with TokenLoader(dataset, dataset.split("train"), order, plan) as batches:
         for number, batch in enumerate(batches):
             if number == 8:  # the thread has started and filled its queue

@@ -14,7 +14,7 @@ from dist.arrow_view import numpy_view
 from dist.errors import DataRefused
 from dist.pack_index import PackIndex
 from dist.packing import PAD_TOKEN
-from dist.row_gather import BatchPlaces, GatheredRows, copy_at, find_places
+from dist.row_gather import BatchPlaces, GatheredRows, copy_at, copy_runs, find_places
 
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
@@ -86,10 +86,9 @@ def _runs(
     bounds = copy_at(places[0] + 4 * local, 2, np.dtype(np.int32)).astype(np.int64)
     counts = bounds[:, 1] - bounds[:, 0]
     # spans: (2, spans) first and last edge of each, counted from the row's beginning.
-    first = bounds[:, 0] - np.concatenate(([0], np.cumsum(counts)[:-1]))
-    at = 4 * (np.repeat(first, counts) + np.arange(counts.sum()))
+    splits = np.concatenate(([0], np.cumsum(counts)))
     spans = [
-        copy_at(np.repeat(address, counts) + at, 1, np.dtype(np.int32))[:, 0]
+        copy_runs(address + 4 * bounds[:, 0], splits, np.dtype(np.int32))
         + np.repeat(starts, counts)
         for address in places[1:]
     ]

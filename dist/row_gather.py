@@ -139,11 +139,11 @@ class _Memory:
     """Memory from an address on, for numpy.asarray()."""
 
     def __init__(
-        self, address: int, shape: tuple[int, int], stride: int, dtype: np.dtype[Any]
+        self, address: int, shape: tuple[int, ...], stride: int, dtype: np.dtype[Any]
     ) -> None:
         self.__array_interface__ = {
-            "version": 3, "data": (address, True), "shape": shape, "strides": (stride, stride),
-            "typestr": dtype.str,
+            "version": 3, "data": (address, True), "shape": shape,
+            "strides": (stride,) * len(shape), "typestr": dtype.str,
         }  # fmt: skip
 
 
@@ -198,9 +198,8 @@ def gather_rows(
     counts = bounds[:, 1] - bounds[:, 0]
     splits = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(counts, out=splits[1:])
-    begin = places[2] + 4 * (bounds[:, 0] - splits[:-1])
-    values = np.repeat(begin, counts) + 4 * np.arange(splits[-1])
-    return GatheredRows(tokens, copy_at(values, 1, np.dtype(np.int32))[:, 0], splits)
+    lengths = copy_runs(places[2] + 4 * bounds[:, 0], splits, np.dtype(np.int32))
+    return GatheredRows(tokens, lengths, splits)
 
 
 def copy_at(addresses: I64, width: int, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -213,3 +212,19 @@ def copy_at(addresses: I64, width: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         each = [_Memory(one, (1, width), size, dtype) for one in addresses.tolist()]
         return np.concatenate([np.asarray(one) for one in each])
     return np.asarray(_Memory(base, (count, width), size, dtype))[(addresses - base) // size]
+
+
+def copy_runs(addresses: I64, splits: I64, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Copies of the splits[i + 1] - splits[i] elements from addresses[i] (k,) on, in one array."""
+    if not splits[-1]:
+        return np.empty(0, dtype)
+    base, size = int(addresses.min()), dtype.itemsize
+    # first: where each begins in the memory from `base` on, in elements.
+    first, counts = (addresses - base) // size, np.diff(splits)
+    end = int((first + counts).max())
+    if end * size >= _LARGEST_ARRAY:
+        pairs = zip(addresses.tolist(), counts.tolist(), strict=True)
+        return np.concatenate([np.asarray(_Memory(at, (n,), size, dtype)) for at, n in pairs])
+    index = np.repeat(first - splits[:-1], counts)
+    index += np.arange(splits[-1])
+    return np.asarray(_Memory(base, (end,), size, dtype)).take(index)
