@@ -92,6 +92,7 @@ def storages() -> set[int]:
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     found = set()
+    gc.unfreeze()  # get_objects leaves out what dist.training.LongLived has frozen
     for one in gc.get_objects():
         # Not isinstance, which asks proxies for their class.
         if not issubclass(type(one), torch.Tensor) or one.device.type != "cpu":

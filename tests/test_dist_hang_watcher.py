@@ -15,7 +15,7 @@ from dist.dataset import Dataset
 from dist.hang_watcher import innermost
 from dist.watchdog import WatchdogConfig
 from tests.make_dataset import write_dataset
-from tests.rank_processes import World, processes_of, train
+from tests.rank_processes import ENDS_WITHIN_S, World, processes_of, train
 
 HANG_STEP = 3
 # Start-up on busy cores takes seconds; its time-out holds until the first step is done.
@@ -105,24 +105,26 @@ def test_a_rank_that_hangs_alone_is_ended(
         assert (guilty["step"], guilty["phase"]) == (HANG_STEP, "forward")
 
 
+def watchers_become(folder: Path, count: int) -> bool:
+    """Whether so many processes name the run's folder, as of all here only watchers do, in time."""
+    deadline = time.monotonic() + ENDS_WITHIN_S
+    while len(processes_of(str(folder))) != count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return len(processes_of(str(folder))) == count
+
+
 def test_the_watcher_ends_with_its_rank(dataset: Dataset, tmp_path: Path) -> None:
     """One process more on the node for every attempt, or one that holds a run's end up."""
     folder = tmp_path / "run"
     quick = {**changes(), "max_steps": 4}
     assert train(dataset.storage.url, folder, 2, quick) == [0, 0]
-    deadline = time.monotonic() + 30.0
-    while processes_of(str(folder)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert processes_of(str(folder)) == []
+    assert watchers_become(folder, 0)
     with World(dataset.storage.url, folder, 2, changes()) as world:
-        while not list(folder.glob("attempts/1/heartbeats/1")):
-            time.sleep(0.05)
+        assert watchers_become(folder, 2), world.said(0)  # one that is being made has no name yet
         world.signal(0, 9)
         world.signal(1, 9)
         world.wait()
-    while processes_of(str(folder)) and time.monotonic() < deadline + 30.0:
-        time.sleep(0.05)
-    assert processes_of(str(folder)) == []
+    assert watchers_become(folder, 0)
 
 
 def test_the_main_thread_is_the_last_of_a_dump() -> None:
