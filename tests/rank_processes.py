@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,12 @@ def processes_of(tag: str) -> list[int]:
         except OSError:
             continue  # ended meanwhile
     return found
+
+
+def kill(pid: int) -> None:
+    """SIGKILL to a process that may have ended meanwhile."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def watches(pid: int) -> bool:

@@ -23,7 +23,7 @@ import torch
 from dist.dataset import Dataset
 from dist.order import Order
 from tests.make_dataset import write_dataset
-from tests.rank_processes import World, processes_of, train, watches
+from tests.rank_processes import World, kill, processes_of, train, watches
 from tests.same_run import assert_same_run, last_attempts, lines
 
 ROOT = Path(__file__).parent.parent
@@ -377,7 +377,7 @@ def test_whatever_is_killed_nothing_of_the_run_is_left(
                 assert "another rank ended" in output and "Traceback" not in output, output
         finally:
             for pid in processes_of(str(folder)):
-                os.kill(pid, signal.SIGKILL)
+                kill(pid)
             front.wait()
     assert train(url, folder, 2, {"strategy": "fsdp"}) == [0, 0]
     assert_same_run(folder, reference("fsdp", 2))

@@ -22,7 +22,7 @@ from dist.ranks import Ranks
 from launch import cli, nodes
 from launch.nodes import NodeOptions, find_nodes
 from tests.make_dataset import write_dataset
-from tests.rank_processes import config, processes_of, train, watches
+from tests.rank_processes import config, kill, processes_of, train, watches
 from tests.test_exact_resume import assert_same_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,7 +177,7 @@ def two_nodes(
             front.kill()
             front.wait()
         for pid in processes_of(str(run)):
-            os.kill(pid, signal.SIGKILL)
+            kill(pid)
         for log in logs:
             log.close()
 
@@ -224,7 +224,7 @@ def test_a_lost_node_of_one_to_two_is_gone_on_without(tmp_path: Path) -> None:
         # The whole node: its front, its agent, its rank, what watches it.
         for pid in processes_of(str(run)):
             if environ(pid).get("LEYDEN_NODE") == "127.0.1.2" or pid == fronts[1].pid:
-                os.kill(pid, signal.SIGKILL)
+                kill(pid)
         fronts[1].kill()
         until = time.monotonic() + 240
         while not [one for one in lines(run / "consumed.jsonl") if one["attempt"] >= 1]:

@@ -13,7 +13,7 @@ import pytest
 
 from dist.config import to_yaml
 from tests.make_dataset import write_dataset
-from tests.rank_processes import config, processes_of
+from tests.rank_processes import config, kill, processes_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "launch" / "templates" / "torchrun.sh"
@@ -76,7 +76,7 @@ def test_a_killed_rank_and_the_rest_of_the_run(tmp_path: Path) -> None:
         out, _ = front.communicate(timeout=200)
     finally:
         for pid in processes_of(str(run)):
-            os.kill(pid, signal.SIGKILL)
+            kill(pid)
         front.kill()
         front.wait()
     assert front.returncode == 0, out
