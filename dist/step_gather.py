@@ -23,7 +23,7 @@ STEPS_TOGETHER, _BYTES_TOGETHER, _SECONDS_TOGETHER = 32, 32 << 20, 0.02
 the time goes into calling numpy."""
 _BYTES_APART = 8 << 20
 """Their tokens are copied in parts of whole steps, by whichever thread has nothing else to do. From
-4 MiB on numpy asks for huge pages: a row took an eighth less CPU time."""
+4 MiB on numpy asks for huge pages: a row took about a tenth less CPU time."""
 _BYTES_KEPT = 31 << 20
 
 

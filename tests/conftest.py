@@ -19,7 +19,8 @@ settings.register_profile(
 )
 settings.load_profile("leyden")
 # What tests compute in this process takes one thread: two that wait for each other on busy cores
-# are ten times slower. What they start has a user's environment (quiet_environment).
+# are ten times slower. quiet_environment takes it away again for what tests start; only what a
+# module's fixtures start has it too.
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 # Settings of the person who runs the tests that would change what the tests see.

@@ -34,8 +34,8 @@ def counts_while_training(url: str, folder: Path) -> tuple[list[int], int]:
 
 
 def test_collections_do_not_look_through_the_imports(tmp_path: Path) -> None:
-    """A full collection in the middle of a step: 0.3 s in which all other ranks wait. And a process
-    that trains twice must be able to free its first model."""
+    """A full collection in the middle of a step: a quarter of a second in which all other ranks
+    wait. And a process that trains twice must be able to free its first model."""
     dataset = write_dataset(tmp_path / "data", documents=60, with_tokenizer=False)
     arguments = (dataset.storage.url, tmp_path / "run")
     ((seen, after),) = run_ranks(counts_while_training, 1, 240, *arguments)
