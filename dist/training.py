@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import sys
 import time
@@ -156,6 +157,8 @@ def main_of(
     prog: str, description: str, configs: Path, prefix: str,
 ) -> int:  # fmt: skip
     """Parse the command line and run; only rank 0 reports what is wrong for all."""
+    # A rank that C code kills (a damaged library, a signal) says in which call it was.
+    faulthandler.enable(2)
     die_with_launcher()
     ranks = Ranks.from_environment()
     try:

@@ -117,11 +117,15 @@ class World:
         deadline = time.monotonic() + timeout_s
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
-        silent = [rank for rank, p in enumerate(self.processes) if p.exitcode is None]
-        if silent:
-            said = {rank: self.said(rank)[-2000:] for rank in range(len(self.processes))}
-            raise TimeoutError(f"ranks {silent} had not ended after {timeout_s} s; logs: {said}")
-        return [int(p.exitcode) for p in self.processes]  # type: ignore[arg-type]
+        codes = [p.exitcode for p in self.processes]
+        if None in codes:
+            for process in self.processes:
+                if process.exitcode is None:
+                    os.kill(process.pid, signal.SIGABRT)  # says on stderr where it is
+                    process.join(5.0)
+            said = {rank: self.said(rank)[-6000:] for rank in range(len(self.processes))}
+            raise TimeoutError(f"after {timeout_s} s the exit codes are {codes}; logs: {said}")
+        return [int(code) for code in codes]
 
     def said(self, rank: int) -> str:
         """Output of a rank, both streams."""
