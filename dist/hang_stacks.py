@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import faulthandler
+import gc
+import operator
 import os
-import re
+import sys
 import tempfile
+import threading
+from itertools import accumulate, chain, repeat, takewhile, tee
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,25 +23,30 @@ LOADER_THREADS = ("agree", "gather")
 
 
 Stack = list[tuple[str, str, int]]
-_THREAD = re.compile(r"(?:Thread|Current thread) 0x([0-9a-f]+)")
-_FRAME = re.compile(r'  File "(.*)", line (\d+|\?+) in (.*)')
+_PLACE = operator.attrgetter("f_code.co_filename", "f_code.co_name", "f_lineno")
 
 
 def stacks_of_threads() -> dict[int, Stack]:
     """(file, function, line) of each thread's calls, innermost first; by the thread's ident.
 
-    As faulthandler writes them, in one call that holds the interpreter's lock: of 100 threads and
-    100 calls at most. To walk another thread's frames in Python meets frames that it has left
-    meanwhile, whose callers may be any object by now (CPython 3.11). {} where there is no file to
-    write to (too many are open): a heartbeat without a place is better than none.
+    faulthandler would not do: it walks the list of threads while C++ (autograd, gloo) adds one to
+    it, and the process ends by SIGSEGV. Nor a loop in Python: where another thread goes on between
+    two frames, or while a garbage collection runs finalizers, a frame's caller may be any object
+    (CPython 3.11). So one call of C consumes these iterators, without collections.
     """
+    found = map(operator.call, (sys._current_frames,))
+    items, tops = tee(chain.from_iterable(map(dict.items, found)))
+    idents = map(operator.itemgetter(0), items)
+    links = map(chain, zip(map(operator.itemgetter(1), tops)), repeat(repeat("f_back")))
+    calls = map(takewhile, repeat(bool), map(accumulate, links, repeat(getattr)))
+    stacks = zip(idents, map(list, map(map, repeat(_PLACE), calls)), strict=True)
+    collects = gc.isenabled()
+    gc.disable()
     try:
-        with scratch_file("stacks") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.seek(0)
-            return parse_stacks(file.read().decode(errors="replace"))
-    except OSError:
-        return {}
+        return dict(stacks)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def scratch_file(name: str) -> BinaryIO:
@@ -48,16 +56,14 @@ def scratch_file(name: str) -> BinaryIO:
     return cast("BinaryIO", tempfile.TemporaryFile())
 
 
-def parse_stacks(text: str) -> dict[int, Stack]:
-    """What faulthandler.dump_traceback wrote."""
-    found: dict[int, Stack] = {}
-    stack: Stack = []
-    for line in text.splitlines():
-        if thread := _THREAD.match(line):
-            stack = found[int(thread[1], 16)] = []
-        elif frame := _FRAME.match(line):
-            stack.append((frame[1], frame[3], int(frame[2]) if frame[2].isdigit() else 0))
-    return found
+def text_of(stacks: dict[int, Stack]) -> str:
+    """Stacks as faulthandler writes them, with the threads' names."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"Thread 0x{ident:016x} ({names.get(ident, 'not of Python')}), innermost call first:\n"
+        + "".join(f'  File "{file}", line {line} in {function}\n' for file, function, line in stack)
+        for ident, stack in stacks.items()
+    )
 
 
 def waits_for_others(

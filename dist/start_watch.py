@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from dist.drain import end_process
-from dist.hang_stacks import stacks_of_threads, waits_for_others
+from dist.hang_stacks import stacks_of_threads, text_of, waits_for_others
 from dist.local_files import create_exclusive
 from dist.ranks import Ranks
 from dist.run_dir import RunDir, launched_attempt
@@ -47,15 +47,14 @@ def cancel_start_watch() -> None:
 
 
 def _end_start(ranks: Ranks, path: Path | None, limit_s: float) -> None:
-    main = stacks_of_threads().get(threading.main_thread().ident or -1, [])
-    waiting, where = waits_for_others(main, [])
+    stacks = stacks_of_threads()
+    waiting, where = waits_for_others(stacks.get(threading.main_thread().ident or -1, []), [])
     host = socket.gethostname()
     text = (
         f"rank {ranks.rank} on {host} hangs before the run began ({where}): nothing for "
         f"{limit_s:.0f} s (watchdog.start_timeout_s); the same command tries again"
     )
-    print(f"error: {text}", file=sys.stderr)
-    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    print(f"error: {text}\n{text_of(stacks)}", file=sys.stderr)
     try:
         run = RunDir(path) if path is not None else None
         attempt = _own_attempt(run.path) if run is not None else None

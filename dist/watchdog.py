@@ -44,6 +44,7 @@ from dist.hang_stacks import (
     hang_text,
     scratch_file,
     stacks_of_threads,
+    text_of,
     waits_for_others,
 )
 from dist.hang_watcher import STACKS_SIGNAL, start_watcher, write_place
@@ -194,7 +195,7 @@ class Watchdog:
         try:
             mine = self._describe(idle_s)
             write_atomic(self._hang / f"rank-{self._rank}.json", json.dumps(mine).encode())
-            faulthandler.dump_traceback(self._stacks, all_threads=True)
+            self._stacks.write(text_of(stacks_of_threads()))
             self._stacks.flush()
             before = self._read_beats()
             # The others' time-outs end about now; their threads look every interval.

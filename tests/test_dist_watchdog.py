@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import errno
+import gc
 import json
-import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from dist.watchdog import Watchdog, WatchdogConfig
 from tests.make_dataset import write_dataset
 from tests.rank_processes import ENDS_WITHIN_S, World
 
+ROOT = Path(__file__).resolve().parent.parent
 HANG_STEP = 6
 # On two busy cores a step may take a second; a hang is told in a few.
 QUICK = WatchdogConfig(timeout_s=4.0, factor=5.0, start_timeout_s=60.0, interval_s=0.2)
@@ -155,15 +157,51 @@ def test_stacks_are_those_of_each_thread() -> None:
     assert line < mine[0][2] < line + 25
 
 
-def test_no_file_left_for_stacks_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A healthy rank with too many open files that sends no heartbeat, and is killed for it."""
+def test_stacks_are_read_while_other_libraries_make_threads() -> None:
+    """A look that meets a thread which C++ is just making known to Python: a healthy rank ends by
+    SIGSEGV, without a word, and the others wait for it."""
+    program = """
+import ctypes, threading
+from dist.hang_stacks import stacks_of_threads
 
-    def full(name: str) -> int:
-        raise OSError(errno.EMFILE, "Too many open files")
+libc, number, done = ctypes.CDLL(None), ctypes.c_ulong(), threading.Event()
+called = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(lambda _: None)
 
-    monkeypatch.setattr(os, "memfd_create", full)
-    assert stacks_of_threads() == {}
-    assert waits_for_others([], []) == (False, "no Python frame")
+def make():
+    while not done.wait(0.0001):
+        libc.pthread_create(ctypes.byref(number), None, called, None)
+        libc.pthread_detach(number)
+
+makers = [threading.Thread(target=make) for _ in range(2)]
+for maker in makers:
+    maker.start()
+for _ in range(60000):
+    stacks_of_threads()
+done.set()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=ENDS_WITHIN_S)
+    assert ended.returncode == 0
+
+
+def test_no_collection_runs_while_stacks_are_read() -> None:
+    """Finalizers in the midst of a walk let other threads go on: callers that are other objects."""
+    collections, calls, thresholds = [0], 400, gc.get_threshold()
+
+    def count(phase: str, _: Any) -> None:
+        collections[0] += sys._getframe(1).f_code is stacks_of_threads.__code__
+
+    def deep(left: int) -> int:
+        return deep(left - 1) if left else len(stacks_of_threads()[threading.get_ident()])
+
+    gc.callbacks.append(count)
+    gc.set_threshold(1)
+    try:
+        assert deep(calls) > calls and gc.isenabled()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(count)
+    # Only while the iterators are made; each call is a frame to allocate.
+    assert collections[0] < calls / 10
 
 
 def test_a_look_that_fails_does_not_end_the_watch(

@@ -165,6 +165,15 @@ def test_a_signal_before_the_handlers_ends_the_ranks(dataset: Dataset, tmp_path:
     assert train(dataset.storage.url, folder, 2, SHORT) == [0, 0]
 
 
+def test_a_rank_that_crashes_in_c_says_where(dataset: Dataset, tmp_path: Path) -> None:
+    """A library that segfaults: exit code 139, empty logs, and nobody knows in which call."""
+    where = ("recipes.pretrain.Pretrain", "training_step", 3, (signal.SIGSEGV,))
+    with World(dataset.storage.url, tmp_path / "run", 2, SHORT, signal_in, (1,), *where) as world:
+        assert world.wait() == [1, -signal.SIGSEGV]
+        assert "Fatal Python error: Segmentation fault" in world.said(1)
+        assert "in optimizer_step" in world.said(1) and "another rank ended" in world.said(0)
+
+
 def write_control(rank: int, folder: Path) -> None:
     """Rank 1 plays the person: writes control/drain while step 3 is computed."""
     from recipes import pretrain
