@@ -7,6 +7,8 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+HUGE_PAGE_BYTES = 2 << 20
+
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
@@ -96,6 +98,39 @@ def append_line(path: Path, line: str) -> None:
             with suppress(OSError):
                 os.truncate(path, end)  # a full disk takes a part of the line
         raise
+
+
+class HugePageWriter:
+    """Writes an open file from a place on, in order; call flush() at the end.
+
+    In whole huge pages, as Linux then keeps the file in such (ext4 from 6.16, XFS from 5.18) and
+    maps it by them: rows of a mapped shard are copied faster, and its first touch is a fault in
+    512.
+    """
+
+    def __init__(self, handle: int, at: int = 0) -> None:
+        """at: a multiple of HUGE_PAGE_BYTES, or no page is whole."""
+        self._handle, self._at = handle, at
+        self._buffer, self._filled = memoryview(bytearray(HUGE_PAGE_BYTES)), 0
+
+    def write(self, data: bytes) -> None:
+        """Append; OSError where the disk takes it no more."""
+        left = memoryview(data).cast("B")
+        while left:
+            part = left[: HUGE_PAGE_BYTES - self._filled]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            left = left[len(part) :]
+            if self._filled == HUGE_PAGE_BYTES:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        left, self._filled = self._buffer[: self._filled], 0
+        while left:
+            count = os.pwrite(self._handle, left, self._at)
+            self._at += count
+            left = left[count:]
 
 
 class LocalStore:

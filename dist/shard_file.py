@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from dist.arrow_view import numpy_view
 from dist.batch_hashes import FOOTER_KEY
 from dist.errors import DataRefused
+from dist.local_files import HugePageWriter
 from dist.packing import PackedRows
 from dist.row_gather import BatchPlaces, GatheredRows, gather_rows
 
@@ -80,26 +81,30 @@ class _HashingFile:
     """A binary file that computes the digest of what is written to it."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115 -- closed by close()
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 -- closed by close()
+        self._writer = HugePageWriter(self._file.fileno())
         self._hash = xxhash.xxh3_128()
         self.bytes = 0
         self.closed = False
 
     def write(self, data: bytes) -> int:
         self._hash.update(data)
-        count = self._file.write(data)
-        self.bytes += count
-        return count
+        self._writer.write(data)
+        self.bytes += len(data)
+        return len(data)
 
     def flush(self) -> None:
-        self._file.flush()
+        self._writer.flush()
 
     def tell(self) -> int:
         return self.bytes
 
     def close(self) -> None:
         self.closed = True
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
     @property
     def hexdigest(self) -> str:

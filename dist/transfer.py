@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import errno
 import functools
-import os
 import random
 import threading
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import TypeVar
 
 from dist.errors import DataRefused, LeydenError, SetupError
 from dist.http_files import HttpError, ShortRead
+from dist.local_files import HugePageWriter
 from dist.storage import Storage
 
 T = TypeVar("T")
@@ -123,24 +123,20 @@ def fetch_file(
         end = min(size, start + PART_BYTES)
 
         def copy() -> None:
-            written = start
+            writer, came = HugePageWriter(handle, start), 0
 
             def take(data: bytes) -> None:
-                nonlocal written
+                nonlocal came
                 if given_up.is_set():  # or a process that ends waits for bytes that nobody wants
                     raise Cancelled(f"reading {url} was given up")
-                left = memoryview(data)
-                try:
-                    while left:
-                        count = os.pwrite(handle, left, written)
-                        written, left = written + count, left[count:]
-                except OSError as error:
-                    raise _NotWritten from error
+                came += len(data)
+                _written(lambda: writer.write(data))
 
             with slot():
                 storage.copy_range(name, start, end, take)
-            if written != end:
-                raise ShortRead(errno.EIO, f"{written - start} bytes came from {start} to {end}")
+            if came != end - start:
+                raise ShortRead(errno.EIO, f"{came} bytes came from {start} to {end}")
+            _written(writer.flush)
 
         try:
             retried(copy, url, stop=given_up, on_retry=on_retry)
@@ -161,6 +157,13 @@ def fetch_file(
             for job in jobs:
                 job.cancel()
             raise
+
+
+def _written(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise _NotWritten from error
 
 
 def is_short(error: BaseException) -> bool:
