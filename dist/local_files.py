@@ -104,8 +104,7 @@ class HugePageWriter:
     """Writes an open file from a place on, in order; call flush() at the end.
 
     In whole huge pages, as Linux then keeps the file in such (ext4 from 6.16, XFS from 5.18) and
-    maps it by them: rows of a mapped shard are copied faster, and its first touch is a fault in
-    512.
+    maps it by them: rows of a mapped shard are copied faster, and touched the first time.
     """
 
     def __init__(self, handle: int, at: int = 0) -> None:
