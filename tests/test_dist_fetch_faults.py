@@ -235,7 +235,8 @@ def test_what_is_opened_after_the_end_is_given_back(remote: Dataset) -> None:
     opened.get(0)
     assert remote.cache.held_bytes
     opened.end()
-    assert remote.cache.held_bytes == 0
+    # A fetch that was under way may have its shard now, and gives it back when it sees the end.
+    assert came(lambda: remote.cache.held_bytes == 0)
 
 
 def test_one_failure_of_the_folder_does_not_end_fetching_ahead(
