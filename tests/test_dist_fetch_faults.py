@@ -7,7 +7,7 @@ import errno
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from dist.storage import Storage
 from dist.transfer import Cancelled
 from tests.http_server import FolderServer, serve
 from tests.make_dataset import write_dataset
-from tests.remote_shards import make_shards
+from tests.remote_shards import came, make_shards
 
 SHARDS = 8
 
@@ -47,13 +47,6 @@ def remote(server: FolderServer, local: Dataset, tmp_path: Path) -> Dataset:
     return open_dataset(
         server.url, CacheConfig(folder=str(tmp_path / "cache"), limit_gb=limit / 1e9)
     )
-
-
-def came(what: Callable[[], bool], seconds: float = 60) -> bool:
-    deadline = time.monotonic() + seconds
-    while not what() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return what()
 
 
 def test_a_broken_connection_is_no_short_file(
