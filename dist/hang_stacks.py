@@ -22,7 +22,7 @@ LOADER_THREADS = ("agree", "gather")
 """Of dist/loader.py, in the order in which one that does not wait for the other is to blame."""
 
 
-Stack = list[tuple[str, str, int]]
+Stack = list[tuple[str, str, int | None]]
 _PLACE = operator.attrgetter("f_code.co_filename", "f_code.co_name", "f_lineno")
 
 
@@ -66,9 +66,7 @@ def text_of(stacks: dict[int, Stack]) -> str:
     )
 
 
-def waits_for_others(
-    main: list[tuple[str, str, int]], loaders: list[list[tuple[str, str, int]]]
-) -> tuple[bool, str]:
+def waits_for_others(main: Stack, loaders: list[Stack]) -> tuple[bool, str]:
     """Whether a rank's stacks say that it waits for other ranks, and its innermost place.
 
     A main thread that waits for data stands where a loader's thread stands: the first one that does
@@ -88,7 +86,7 @@ def waits_for_others(
     return waiting, f"{file}:{line} in {function}"
 
 
-def _at_channel(stack: list[tuple[str, str, int]]) -> bool:
+def _at_channel(stack: Stack) -> bool:
     return any(file.endswith(_CHANNEL) for file, _, _ in stack)
 
 

@@ -103,8 +103,8 @@ def append_line(path: Path, line: str) -> None:
 class HugePageWriter:
     """Writes an open file from a place on, in order; call flush() at the end.
 
-    In whole huge pages, as Linux then keeps the file in such (ext4 from 6.16, XFS from 5.18) and
-    maps it by them: rows of a mapped shard are copied faster, and touched the first time.
+    In whole huge pages, as Linux may then keep the file in such and map it by them (seen with ext4
+    and Linux 6.18): rows of a mapped shard are copied faster.
     """
 
     def __init__(self, handle: int, at: int = 0) -> None:

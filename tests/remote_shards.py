@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,3 @@ def process(target: Callable[..., Any], *args: Any) -> Any:
     made = context.Process(target=target, args=args, daemon=True)
     made.start()
     return made
-
-
-def came(what: Callable[[], bool], seconds: float = 60) -> bool:
-    """Whether something becomes true in time. A fetch that was under way at the end of a loader
-    holds its shard for a moment more."""
-    deadline = time.monotonic() + seconds
-    while not what() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return what()

@@ -24,7 +24,8 @@ from dist.storage import Storage
 from dist.transfer import Cancelled
 from tests.http_server import FolderServer, serve
 from tests.make_dataset import write_dataset
-from tests.remote_shards import came, make_shards
+from tests.remote_shards import make_shards
+from tests.waiting import came
 
 SHARDS = 8
 

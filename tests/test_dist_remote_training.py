@@ -31,8 +31,8 @@ from dist.verify import check_presence, verify_full
 from tests.http_server import FolderServer, serve
 from tests.make_dataset import flip_byte, write_dataset
 from tests.rank_processes import train
-from tests.remote_shards import came
 from tests.small_run import small_data, small_run
+from tests.waiting import came
 
 KEPT = ("step", "loss", "grad_norm", "lr")
 

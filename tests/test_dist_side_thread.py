@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import threading
-import time
 import weakref
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from dist import side_thread
 from dist.side_thread import SideThread, Work, results_in_order
+from tests.waiting import came
 
 
 def alive(name: str) -> bool:
     return any(thread.name == name for thread in threading.enumerate())
-
-
-def came(what: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
-    while not what() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return what()
 
 
 def test_what_work_gives_or_raises_comes_back() -> None:
